@@ -1,0 +1,58 @@
+"""Fine-tuning with PEFT in a basis of sparse-autoencoder features.
+
+Importing the package registers the tuner type `SAE_SUBSPACE` with PEFT and does nothing else.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import MissingSubspaceWarning, PeftSaeError
+from .subspace import Subspace
+from .tuner import SaeSubspaceConfig, SaeSubspaceModel
+
+if TYPE_CHECKING:
+    from .export import export_lora, merge_checkpoint
+    from .sae import load_saes
+    from .selection import register_selector, select_features
+    from .statistics import FeatureStatistics, collect_statistics
+    from .subspace.build import build_subspace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FeatureStatistics",
+    "MissingSubspaceWarning",
+    "PeftSaeError",
+    "SaeSubspaceConfig",
+    "SaeSubspaceModel",
+    "Subspace",
+    "build_subspace",
+    "collect_statistics",
+    "export_lora",
+    "load_saes",
+    "merge_checkpoint",
+    "register_selector",
+    "select_features",
+]
+
+# Loading and running an adapter must not pay for the stages that made it.
+_LAZY = {
+    "FeatureStatistics": ".statistics",
+    "build_subspace": ".subspace.build",
+    "collect_statistics": ".statistics",
+    "export_lora": ".export",
+    "load_saes": ".sae",
+    "merge_checkpoint": ".export",
+    "register_selector": ".selection",
+    "select_features": ".selection",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,192 @@
+"""Reading and writing of artefact folders: JSON beside safetensors, never half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import ArtifactError
+
+_VERSIONED_PACKAGES = ("peft_sae", "peft", "torch", "transformers", "sae_lens", "transformer_lens")
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that shape an artefact; missing ones are left out."""
+    found = {}
+    for name in _VERSIONED_PACKAGES:
+        try:
+            found[name] = version(name.replace("_", "-"))
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def replace_folder(target: str | Path, *, marker: str) -> Iterator[Path]:
+    """Yield an empty folder that takes the place of `target` when the block ends without an error.
+
+    Args:
+        target: folder to write. It may be missing, empty, or hold an earlier artefact of the kind.
+        marker: name of a file that only this kind of artefact has. A folder that holds something
+            else is never replaced.
+
+    Raises:
+        ArtifactError: the target is a file or a foreign folder, or cannot be written.
+    """
+    target = Path(target)
+    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / marker).is_file()):
+        raise ArtifactError(
+            f"'{target}' exists and is not a folder with a {marker}; writing there would destroy "
+            "what it holds. Give another folder or remove this one."
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    except OSError as error:
+        raise ArtifactError(f"Cannot write beside '{target}' ({error}). Give a writable folder.") from error
+    try:
+        yield scratch
+        # mkdtemp makes the folder private; an artefact is as readable as any other file of its owner.
+        scratch.chmod(0o777 & ~_umask())
+        _swap_in(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _swap_in(scratch: Path, target: Path) -> None:
+    if not target.exists():
+        os.replace(scratch, target)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    os.replace(target, retired)
+    try:
+        os.replace(scratch, target)
+    except OSError:
+        os.replace(retired, target)
+        raise
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` as indented JSON with a stable order of keys."""
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path, *, schema: str, newest: int) -> dict[str, Any]:
+    """Read the JSON file of an artefact and check its kind and schema version.
+
+    Args:
+        path: the file.
+        schema: the kind of artefact, as its `schema` entry must say.
+        newest: the newest schema version that this code reads.
+
+    Raises:
+        ArtifactError: the file is missing, not JSON, of another kind, or of a newer schema.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            f"'{path}' does not exist, so there is no {schema} in '{path.parent}'. Check the path."
+        ) from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ArtifactError(
+            f"'{path}' cannot be read as JSON ({error}); it is damaged or truncated. Write it again."
+        ) from error
+    if not isinstance(data, dict) or data.get("schema") != schema:
+        raise ArtifactError(f"'{path}' does not describe a {schema}. Check the path.")
+    found = data.get("schema_version")
+    if not isinstance(found, int) or not 1 <= found <= newest:
+        raise ArtifactError(
+            f"'{path}' has schema version {found!r}, and this peft_sae reads versions 1 to {newest}. "
+            "Upgrade peft_sae with `pip install -U peft-sae`."
+        )
+    return data
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write tensors as safetensors, on the CPU and contiguous."""
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def read_tensors(
+    path: Path, expected: Mapping[str, tuple[Sequence[int], torch.dtype]]
+) -> dict[str, torch.Tensor]:
+    """Read tensors from a safetensors file after checking names, shapes and dtypes in its header.
+
+    Args:
+        path: the file.
+        expected: name to shape and dtype. Every name must be there, and no other.
+
+    Raises:
+        ArtifactError: the file is missing or truncated, or a tensor is missing, unexpected, of
+            another shape or dtype, or not finite.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            _check_names(path, set(file.keys()), set(expected))
+            for name, (shape, dtype) in expected.items():
+                _check_header(path, name, file.get_slice(name), shape, dtype)
+            tensors = {name: file.get_tensor(name) for name in expected}
+    except FileNotFoundError as error:
+        raise ArtifactError(f"'{path}' does not exist, so the folder is incomplete. Write it again.") from error
+    except (SafetensorError, OSError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(
+            f"'{path}' cannot be read as safetensors ({error}); it is damaged or truncated. Write it again."
+        ) from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ArtifactError(f"Tensor '{name}' in '{path}' holds NaN or infinity. Write the file again.")
+    return tensors
+
+
+def _check_names(path: Path, found: set[str], expected: set[str]) -> None:
+    missing, surplus = sorted(expected - found), sorted(found - expected)
+    if missing or surplus:
+        raise ArtifactError(
+            f"'{path}' lacks the tensors {missing} and has unexpected ones {surplus}; it does not fit "
+            "the JSON file beside it. Write the folder again."
+        )
+
+
+_HEADER_DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64"}
+
+
+def _check_header(path: Path, name: str, header: Any, shape: Sequence[int], dtype: torch.dtype) -> None:
+    if list(header.get_shape()) != list(shape) or header.get_dtype() != _HEADER_DTYPES[dtype]:
+        raise ArtifactError(
+            f"Tensor '{name}' in '{path}' is {header.get_dtype()} {list(header.get_shape())}, and "
+            f"{_HEADER_DTYPES[dtype]} {list(shape)} was expected. Write the folder again."
+        )
+
+
+def digest(tensors: Mapping[str, torch.Tensor], description: Any = None) -> str:
+    """Return the SHA-256 of named tensors and of JSON-serialisable data, as 64 hexadecimal digits."""
+    sha = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()

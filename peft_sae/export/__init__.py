@@ -1,0 +1,6 @@
+"""Last stage: leaving this package behind, as a merged checkpoint or as a plain LoRA adapter."""
+
+from .lora import export_lora
+from .merge import merge_checkpoint
+
+__all__ = ["export_lora", "merge_checkpoint"]

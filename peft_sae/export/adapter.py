@@ -1,0 +1,43 @@
+"""Reading an adapter's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import ArtifactError
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+MERGEABLE_TYPES = ("SAE_SUBSPACE", "LORA")
+
+
+def read_adapter_config(adapter: str | Path) -> dict[str, Any]:
+    """Return the configuration of an adapter that this package can export.
+
+    Raises:
+        ArtifactError: the folder is no adapter, its weights are missing or not safetensors, or it is of a type that
+            is neither ours nor LoRA.
+    """
+    folder = Path(adapter)
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise ArtifactError(
+            f"'{folder}' has no {CONFIG_FILE}, so it is no adapter. Give the folder that `save_pretrained` wrote."
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"'{path}' cannot be read as JSON ({error}). Save the adapter again.") from error
+    found = config.get("peft_type") if isinstance(config, dict) else None
+    if found not in MERGEABLE_TYPES:
+        raise ArtifactError(
+            f"'{folder}' is an adapter of type {found!r}, and only {', '.join(MERGEABLE_TYPES)} can be handled here."
+        )
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise ArtifactError(
+            f"'{folder}' has no {WEIGHTS_FILE}. Pickled weights (adapter_model.bin) are never read: save the adapter "
+            "with safe_serialization=True."
+        )
+    return dict(config)

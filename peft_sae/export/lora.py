@@ -1,0 +1,66 @@
+"""A plain LoRA adapter that PEFT loads without this package."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+
+from peft import LoraConfig
+
+from ..artifact import replace_folder, write_json
+from ..errors import ArtifactError, ConfigError
+from ..tuner import SaeSubspaceConfig
+from .adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
+
+PROVENANCE_FILE = "sae_subspace.json"
+
+
+def export_lora(adapter: str | Path, output: str | Path) -> Path:
+    """Write a trained adapter as a plain LoRA adapter with the same factors.
+
+    The weights are the same tensors, so logits are identical. What only this package knows (digest of the Subspace, sides,
+    hook points) goes into `sae_subspace.json`, which PEFT ignores.
+
+    Args:
+        adapter: folder of an adapter.
+        output: folder to write; missing, empty, or an earlier adapter.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ArtifactError: the adapter is incomplete, damaged or of another type, or the output cannot be written.
+        ConfigError: the adapter is a plain LoRA already.
+    """
+    config = read_adapter_config(adapter)
+    if config["peft_type"] == "LORA":
+        raise ConfigError(f"'{adapter}' is a plain LoRA adapter already. Use it as it is.")
+    if Path(output).resolve() == Path(adapter).resolve():
+        raise ConfigError(f"'{output}' is the adapter itself, which would be lost. Give another folder.")
+    tensors = _read_weights(Path(adapter) / WEIGHTS_FILE)
+    lora_fields = {field.name for field in fields(LoraConfig)}
+    own_fields = {field.name for field in fields(SaeSubspaceConfig)} - lora_fields
+    plain = {name: value for name, value in config.items() if name not in own_fields}
+    provenance = {name: config.get(name) for name in sorted(own_fields)}
+    with replace_folder(output, marker=CONFIG_FILE) as folder:
+        from safetensors.torch import save_file
+
+        save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        write_json(folder / CONFIG_FILE, {**plain, "peft_type": "LORA"})
+        write_json(folder / PROVENANCE_FILE, provenance)
+    return Path(output)
+
+
+def _read_weights(path: Path):  # type: ignore[no-untyped-def]
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"'{path}' cannot be read ({error}); it is damaged or truncated. Save it again.") from error
+    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise ArtifactError(f"'{path}' holds NaN or infinity in {broken[:3]}. The training diverged; train again.")
+    return tensors

@@ -1,0 +1,88 @@
+"""A merged checkpoint that knows nothing of adapters."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..artifact import replace_folder
+from ..errors import ArtifactError, ConfigError, MismatchError
+from .adapter import read_adapter_config
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+_CONFIG_FILE = "config.json"
+
+
+def merge_checkpoint(
+    base: str | Path,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """Merge an adapter into its base model and write a plain checkpoint with its tokenizer.
+
+    The model is loaded into memory and merged by PEFT with its check for NaN. The output folder appears when it is complete,
+    or not at all.
+
+    Args:
+        base: folder or Hub id of the base model.
+        adapter: folder of the adapter, ours or a plain LoRA.
+        output: folder to write; missing, empty, or an earlier checkpoint other than the base.
+        dtype: dtype of the merged checkpoint, for example `"bfloat16"`; by default that of the base.
+        max_shard_size: as in `PreTrainedModel.save_pretrained`.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ArtifactError: base or adapter cannot be read, or the output cannot be written.
+        MismatchError: the adapter is of another model.
+        ConfigError: the output is the base or the adapter.
+    """
+    from peft import PeftModel
+
+    read_adapter_config(adapter)
+    for source in (base, adapter):
+        if Path(output).resolve() == Path(source).resolve():
+            raise ConfigError(f"'{output}' is also an input, which would be lost. Give another folder.")
+    model = _load_base(base, dtype)
+    try:
+        adapted = PeftModel.from_pretrained(model, str(adapter))
+    except (RuntimeError, ValueError) as error:
+        raise MismatchError(
+            f"The adapter '{adapter}' does not fit the base '{base}' ({error}). Give the base that it was trained on."
+        ) from error
+    merged = adapted.merge_and_unload(safe_merge=True)
+    with replace_folder(output, marker=_CONFIG_FILE) as folder:
+        merged.save_pretrained(folder, max_shard_size=max_shard_size)
+        _copy_tokenizer(base, folder)
+    return Path(output)
+
+
+def _load_base(base: str | Path, dtype: str | torch.dtype | None) -> Any:
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(base)
+        name = (config.architectures or [""])[0]
+        # The class that wrote the checkpoint, so that a classifier keeps its head.
+        model_cls = getattr(transformers, name, transformers.AutoModelForCausalLM)
+        return model_cls.from_pretrained(base, dtype=dtype or "auto")
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"The base model '{base}' cannot be loaded ({error}). Check the path or the id.") from error
+
+
+def _copy_tokenizer(base: str | Path, folder: Path) -> None:
+    import transformers
+
+    try:
+        transformers.AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("The base '%s' has no tokenizer that could go along (%s).", base, error)

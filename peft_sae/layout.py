@@ -1,0 +1,136 @@
+"""Where the modules of a decoder block read and write, as plain data.
+
+The layout is found once, with the model at hand, and travels inside the Subspace. So injecting an
+adapter needs neither a table of architectures nor the libraries that know them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
+
+from .errors import ArtifactError, MismatchError
+
+Side = Literal["read", "write"]
+SITE_KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
+
+# How far along the residual stream a kind of site lies, in half blocks. What attention adds is
+# first seen in resid_mid and what the MLP adds in resid_post, so their outputs share those places.
+_HALF_STEPS = {"resid_pre": 0, "attn_out": 1, "resid_mid": 1, "mlp_out": 2, "resid_post": 2}
+_HOOK_NAME = re.compile(r"blocks\.(\d+)\.(?:attn\.)?hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out|z)")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the model where directions live.
+
+    Attributes:
+        block: index of the decoder block, from 0.
+        kind: one of `SITE_KINDS`. `z` is the concatenated output of the heads, before the output
+            projection; the other kinds are `d_model` wide.
+    """
+
+    block: int
+    kind: str
+
+    @classmethod
+    def from_hook_name(cls, hook_name: str) -> Site:
+        """Parse a TransformerLens hook name such as `blocks.12.hook_resid_post`.
+
+        Raises:
+            MismatchError: the hook name is not one of a block's sites.
+        """
+        match = _HOOK_NAME.fullmatch(hook_name)
+        if match is None:
+            raise MismatchError(
+                f"Hook point {hook_name!r} is not supported: a basis can be placed only at "
+                f"{', '.join(SITE_KINDS)} of a block (for example 'blocks.12.hook_resid_post'). "
+                "Choose SAEs trained at one of these."
+            )
+        return cls(block=int(match[1]), kind=match[2])
+
+    @property
+    def half_steps(self) -> int | None:
+        """Position along the residual stream in half blocks; None for `z`, which is not in it."""
+        step = _HALF_STEPS.get(self.kind)
+        return None if step is None else 2 * self.block + step
+
+
+@dataclass(frozen=True)
+class ModuleRole:
+    """What one module does at one site of its block.
+
+    Attributes:
+        side: `read` if the module's input comes from the site, `write` if its output is added to it.
+        site: kind of the site, one of `SITE_KINDS`.
+        norm: path within the block of the norm between site and module, or None.
+    """
+
+    side: Side
+    site: str
+    norm: str | None = None
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Roles of the modules in every decoder block of one architecture.
+
+    Attributes:
+        blocks: path of the list of blocks in the causal language model, for example `model.layers`.
+        roles: path within a block, for example `self_attn.q_proj`, to the module's roles. The first
+            role is the usual one.
+    """
+
+    blocks: str
+    roles: Mapping[str, tuple[ModuleRole, ...]]
+
+    def locate(self, module_name: str) -> tuple[str, int, str] | None:
+        """Split a module's name into the path of its block, the block's index and the rest.
+
+        Returns:
+            None if the module is in no decoder block. A model that is nested in another one, or
+            that has lost its head, is recognised by the common end of the two paths.
+        """
+        for match in re.finditer(r"(?:^|\.)(\d+)\.", module_name):
+            prefix = module_name[: match.start()]
+            if _is_path_suffix(prefix, self.blocks) or _is_path_suffix(self.blocks, prefix):
+                block_path = f"{prefix}.{match[1]}" if prefix else match[1]
+                return block_path, int(match[1]), module_name[match.end() :]
+        return None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the layout as JSON-serialisable data."""
+        roles = {path: [asdict(role) for role in roles] for path, roles in self.roles.items()}
+        return {"blocks": self.blocks, "roles": roles}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> BlockLayout:
+        """Build a layout from the data of `to_dict`.
+
+        Raises:
+            ArtifactError: the data has not the expected form.
+        """
+        try:
+            roles = {
+                str(path): tuple(_role_from_dict(entry) for entry in entries)
+                for path, entries in data["roles"].items()
+            }
+            return cls(blocks=str(data["blocks"]), roles=roles)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ArtifactError(
+                f"The block layout is malformed ({error!r}), so the modules' sides are unknown. "
+                "Build the Subspace again."
+            ) from error
+
+
+def _role_from_dict(entry: Mapping[str, Any]) -> ModuleRole:
+    side, site, norm = entry["side"], entry["site"], entry["norm"]
+    if side not in ("read", "write") or site not in SITE_KINDS:
+        raise ValueError(f"unknown role {dict(entry)!r}")
+    return ModuleRole(side=cast(Side, side), site=site, norm=None if norm is None else str(norm))
+
+
+def _is_path_suffix(suffix: str, path: str) -> bool:
+    return suffix == "" or path == suffix or path.endswith(f".{suffix}")

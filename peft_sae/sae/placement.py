@@ -1,0 +1,246 @@
+"""Where an SAE's hook point and a block's modules are in a plain Hugging Face model.
+
+TransformerLens' bridge knows, for more than a hundred architectures, which module of the Hugging Face
+model each of its hook names stands for. Its adapters are asked here; no second table is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from ..errors import MismatchError
+from ..layout import SITE_KINDS, BlockLayout, ModuleRole, Site
+from .load import SaeHandle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One tensor of a running model.
+
+    Attributes:
+        module: name of the module in the model at hand.
+        end: whether the tensor is the module's input or its output.
+        site: the same place, as the SAE's metadata name it.
+    """
+
+    module: str
+    end: Literal["input", "output"]
+    site: Site
+
+
+def find_tap(model: PreTrainedModel, site: Site) -> Tap:
+    """Return the tensor of `model` at a site.
+
+    Raises:
+        MismatchError: the architecture is unknown to TransformerLens, or the model has no such block
+            or site.
+    """
+    bridge = _bridge_blocks(model)
+    blocks = _blocks_path(model, bridge.name)
+    count = len(model.get_submodule(blocks))
+    if site.block >= count:
+        raise MismatchError(
+            f"Hook point {site.kind} of block {site.block} does not exist: {type(model).__name__} has {count} blocks "
+            f"(0 to {count - 1}). Use SAEs that were trained on this model."
+        )
+    alias = "attn.o.hook_in" if site.kind == "z" else bridge.hook_aliases.get(f"hook_{site.kind}")
+    if alias is None:
+        raise MismatchError(
+            f"{type(model).__name__} has no hook point {site.kind}: its blocks are built without it. Use SAEs at "
+            f"{[kind for kind in SITE_KINDS if kind == 'z' or f'hook_{kind}' in bridge.hook_aliases]}."
+        )
+    *path, end = alias.split(".")
+    module = ".".join([blocks, str(site.block), *_remote_path(bridge, path)])
+    return Tap(module=module, end="input" if end == "hook_in" else "output", site=site)
+
+
+def check_placement(model: PreTrainedModel, saes: Sequence[SaeHandle]) -> list[Tap]:
+    """Return the tap of every SAE after checking that the SAEs belong to the model.
+
+    Raises:
+        MismatchError: an SAE's width, hook point or model does not fit.
+    """
+    taps = []
+    for handle in saes:
+        identity = handle.identity
+        tap = find_tap(model, identity.site)
+        width = _site_width(model, tap)
+        if width != identity.d_in:
+            raise MismatchError(
+                f"SAE {identity.name!r} takes activations of width {identity.d_in}, and {type(model).__name__} has "
+                f"width {width} at {identity.hook_name}. Use SAEs that were trained on this model."
+            )
+        _check_model_name(model, identity.name, identity.model_name)
+        taps.append(tap)
+    return taps
+
+
+def find_layout(model: PreTrainedModel) -> BlockLayout:
+    """Return which modules of the model's blocks read and write which sites.
+
+    Raises:
+        MismatchError: the architecture is unknown to TransformerLens.
+    """
+    from transformer_lens.model_bridge.generalized_components import ParallelBlockBridge
+
+    bridge = _bridge_blocks(model)
+    parts = {name: part for name, part in bridge.submodules.items() if part is not None}
+    norms = {name: ".".join(_remote_path(bridge, [name])) for name in parts if name.startswith("ln")}
+    parallel = isinstance(bridge, ParallelBlockBridge)
+    after_attention = "resid_post" if parallel else "resid_mid"
+    before_mlp = "resid_pre" if parallel else "resid_mid"
+    roles: dict[str, tuple[ModuleRole, ...]] = {}
+    block = model.get_submodule(_blocks_path(model, bridge.name))[0]
+    width = int(model.get_input_embeddings().weight.shape[-1])
+    if "hidden_size" in model.config.to_dict():
+        width = int(model.config.hidden_size)
+
+    for path in _linear_paths(block, bridge, "attn"):
+        if path == ".".join(_remote_path(bridge, ["attn", "o"])):
+            write = ModuleRole("write", after_attention, norms.get("ln1_post"))
+            roles[path] = (write, ModuleRole("read", "z"))
+        elif _features(block.get_submodule(path))[0] == width:
+            roles[path] = (ModuleRole("read", "resid_pre", norms.get("ln1")),)
+    for path in _linear_paths(block, bridge, "mlp"):
+        inputs, outputs = _features(block.get_submodule(path))
+        if inputs == width and not _is_output(path, bridge):
+            roles[path] = (ModuleRole("read", before_mlp, norms.get("ln2", norms.get("ln1"))),)
+        elif outputs == width:
+            roles[path] = (ModuleRole("write", "resid_post", norms.get("ln2_post")),)
+    return BlockLayout(blocks=_blocks_path(model, bridge.name, absolute=True), roles=roles)
+
+
+def _is_output(path: str, bridge: Any) -> bool:
+    mlp = bridge.submodules["mlp"]
+    return "out" in mlp.submodules and path.split(".")[-1] == mlp.submodules["out"].name.split(".")[-1]
+
+
+def _linear_paths(block: nn.Module, bridge: Any, part: str) -> list[str]:
+    """Names within the block of the linear modules that belong to `attn` or `mlp`."""
+    component = bridge.submodules.get(part)
+    if component is None:
+        return []
+    if component.name is not None:
+        prefixes = [component.name]
+    else:  # OPT keeps its MLP's layers directly in the block
+        prefixes = [".".join(_remote_path(bridge, [part, child])) for child in component.submodules]
+    return [
+        name
+        for name, module in block.named_modules()
+        if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+        and _features(module) is not None
+    ]
+
+
+def _features(module: nn.Module) -> Any:
+    """Input and output width of a linear module, whatever class holds its weight; None for others."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    if isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features")):
+        return int(module.in_features), int(module.out_features)
+    return None
+
+
+def _site_width(model: PreTrainedModel, tap: Tap) -> int:
+    if tap.site.kind == "z":
+        return int(_features(model.get_submodule(tap.module))[0])
+    return int(getattr(model.config, "hidden_size", model.get_input_embeddings().weight.shape[-1]))
+
+
+def _check_model_name(model: PreTrainedModel, sae_name: str, trained_on: str | None) -> None:
+    """Refuse an SAE whose metadata name another family of models, or another version of it."""
+    name = str(getattr(model.config, "_name_or_path", "") or getattr(model, "name_or_path", "") or "")
+    if not name or not trained_on:
+        return
+    ours, theirs = _model_words(f"{model.config.model_type}-{_last_part(name)}"), _model_words(_last_part(trained_on))
+    shared = ours.keys() & theirs.keys()
+    versions_differ = any(ours[word] and theirs[word] and not ours[word] & theirs[word] for word in shared)
+    if not shared or versions_differ:
+        raise MismatchError(
+            f"SAE {sae_name!r} was trained on {trained_on!r}, and the model is {name!r} ({model.config.model_type}): "
+            "its features would mean nothing there. Use SAEs of this model; if it is the same model under another "
+            "name, set `sae.cfg.metadata.model_name = None`."
+        )
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").split("/")[-1].lower()
+
+
+def _model_words(name: str) -> dict[str, set[str]]:
+    """The words in a model's name with the version numbers that follow them; sizes are left out."""
+    words: dict[str, set[str]] = {}
+    for word, version in re.findall(r"([a-z]+)[-_]?(\d+(?:\.\d+)*(?![\d.]*[bmk]))?", name):
+        if len(word) > 1:
+            words.setdefault(word, set()).update({version} - {""})
+    return words
+
+
+def _remote_path(bridge: Any, path: Sequence[str]) -> list[str]:
+    names, component = [], bridge
+    for part in path:
+        component = component.submodules[part]
+        if component.name is not None:
+            names.append(component.name)
+    return names
+
+
+def _blocks_path(model: PreTrainedModel, path: str, *, absolute: bool = False) -> str:
+    """The path of the list of blocks: in the causal language model, or in the model at hand."""
+    if absolute:
+        return path
+    candidates = [path, path.split(".", 1)[-1]]
+    candidates += [name for name, _ in model.named_modules() if name.endswith(f".{path.split('.', 1)[-1]}")]
+    for candidate in candidates:
+        try:
+            if isinstance(model.get_submodule(candidate), nn.ModuleList):
+                return candidate
+        except AttributeError:
+            continue
+    raise MismatchError(
+        f"{type(model).__name__} has no list of blocks at {path!r}, where TransformerLens expects it. Pass the plain "
+        "causal language model."
+    )
+
+
+def _bridge_blocks(model: PreTrainedModel) -> Any:
+    return _bridge_of(type(model).__name__, model.config)
+
+
+def _bridge_of(class_name: str, config: Any) -> Any:
+    """The bridge's description of one decoder block for an architecture."""
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+    from transformer_lens.model_bridge.sources import _bridge_builder, transformers
+
+    config = copy.deepcopy(config)
+    # A model made in code has no architecture in its config; its class is the better witness anyway.
+    config.architectures = [class_name, *(config.architectures or [])]
+    try:
+        architecture = transformers.determine_architecture_from_hf_config(config)
+        settings = dict(transformers.map_default_transformer_lens_config(config).__dict__)
+        bridge_config = TransformerBridgeConfig.from_dict(settings)
+        bridge_config.architecture = architecture
+        for name in _bridge_builder._HF_PASSTHROUGH_ATTRS:
+            value = getattr(transformers.get_effective_text_config(config), name, None)
+            if value is not None:
+                setattr(bridge_config, name, value)
+        adapter = ArchitectureAdapterFactory.select_architecture_adapter(bridge_config)
+        return adapter.component_mapping["blocks"]
+    except (ValueError, KeyError, AttributeError) as error:
+        raise MismatchError(
+            f"TransformerLens does not know the architecture {class_name} ({error}), so hook points cannot be placed "
+            "in it. Use a model that it supports, or register an adapter with "
+            "transformer_lens' ArchitectureAdapterFactory."
+        ) from error

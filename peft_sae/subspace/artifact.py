@@ -1,0 +1,232 @@
+"""The Subspace: everything that an adapter is built from, as one value and one folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..artifact import (
+    digest,
+    package_versions,
+    read_json,
+    read_tensors,
+    replace_folder,
+    write_json,
+    write_tensors,
+)
+from ..errors import ArtifactError
+from ..layout import BlockLayout
+from ..sae.identity import SaeIdentity
+from .site import SubspaceSite
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+JSON_FILE = "subspace.json"
+TENSOR_FILE = "subspace.safetensors"
+_SCHEMA = "peft_sae.subspace"
+_SCHEMA_VERSION = 1
+_MAX_FEATURES = 2**20  # more chosen features than any SAE has: such a file is damaged
+_MAX_WIDTH = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """Orthonormal bases of chosen SAE features, one per hook point.
+
+    Attributes:
+        sites: the bases, in the order of their blocks.
+        layout: what the modules of the model's blocks read and write.
+        model: description of the model (name, model_type, hidden_size, num_hidden_layers).
+        settings: selector, its options, tau, and how the statistics were collected.
+        versions: versions of the packages that built it.
+    """
+
+    sites: tuple[SubspaceSite, ...]
+    layout: BlockLayout
+    model: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str] = field(default_factory=package_versions)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the content, as 64 hexadecimal digits."""
+        return digest(self._tensors(), self._description())
+
+    @property
+    def features(self) -> pd.DataFrame:
+        """One row per chosen feature, best first within each hook point.
+
+        Columns: `block`, `hook_name`, `sae`, `rank` (place in the selection, from 1), `feature`, `score`,
+        `aligned_mean`, `unaligned_mean`, `tokens` (those that the decoder direction promotes most),
+        `weight` (share of the feature's direction that lies in the basis, its squared projection) and
+        `neuronpedia` (address of its dashboard or None).
+        """
+        import pandas as pd
+
+        rows = []
+        for site in self.sites:
+            weights = (site.directions @ site.basis.T).square().sum(dim=1).tolist()
+            for place, feature in enumerate(site.features.tolist()):
+                rows.append(
+                    {
+                        "block": site.sae.site.block,
+                        "hook_name": site.sae.hook_name,
+                        "sae": site.sae.name,
+                        "rank": place + 1,
+                        "feature": feature,
+                        "score": float(site.scores[place]),
+                        "aligned_mean": float(site.aligned_means[place]),
+                        "unaligned_mean": float(site.unaligned_means[place]),
+                        "tokens": list(site.tokens[place]),
+                        "weight": weights[place],
+                        "neuronpedia": site.sae.neuronpedia_url(feature),
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write the Subspace as a folder of JSON and safetensors, whole or not at all.
+
+        Raises:
+            ArtifactError: the folder holds something else or cannot be written.
+        """
+        with replace_folder(directory, marker=JSON_FILE) as folder:
+            write_tensors(folder / TENSOR_FILE, self._tensors())
+            write_json(folder / JSON_FILE, {**self._description(), "digest": self.digest})
+
+    @classmethod
+    def from_pretrained(cls, path_or_id: str | Path) -> Subspace:
+        """Read a Subspace from a folder, from an adapter's folder, or from the Hugging Face Hub.
+
+        Args:
+            path_or_id: a folder written by `save_pretrained`, an adapter's folder (which has its
+                Subspace in the sub-folder `subspace`), or the id of a Hub repository of either kind.
+
+        Raises:
+            ArtifactError: it is not there, or a file is truncated, of a newer schema, or lacks a
+                tensor, or the content does not have the digest that was written with it.
+        """
+        folder = _find_folder(path_or_id)
+        description = read_json(folder / JSON_FILE, schema=_SCHEMA, newest=_SCHEMA_VERSION)
+        try:
+            subspace = _from_description(description, folder / TENSOR_FILE)
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            if isinstance(error, ArtifactError):
+                raise
+            raise ArtifactError(f"'{folder / JSON_FILE}' is malformed ({error!r}). Build the Subspace again.") from error
+        if subspace.digest != description.get("digest"):
+            raise ArtifactError(
+                f"The content of '{folder}' has the digest {subspace.digest[:12]}..., and "
+                f"{str(description.get('digest'))[:12]}... was written with it: a file was changed or mixed up. Copy or "
+                "build the Subspace again."
+            )
+        return subspace
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{index}.{name}": getattr(site, name).to(dtype)
+            for index, site in enumerate(self.sites)
+            for name, (_, dtype) in _site_tensors(site.rank, len(site.features), site.sae.d_in).items()
+        }
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "schema": _SCHEMA,
+            "schema_version": _SCHEMA_VERSION,
+            "sites": [
+                {
+                    "sae": site.sae.to_dict(),
+                    "rank": site.rank,
+                    "features": len(site.features),
+                    "tokens": [list(tokens) for tokens in site.tokens],
+                }
+                for site in self.sites
+            ],
+            "layout": self.layout.to_dict(),
+            "model": dict(self.model),
+            "settings": dict(self.settings),
+            "versions": dict(self.versions),
+        }
+
+
+def _site_tensors(rank: int, features: int, width: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor of one site."""
+    return {
+        "features": ((features,), torch.int64),
+        "scores": ((features,), torch.float64),
+        "aligned_means": ((features,), torch.float64),
+        "unaligned_means": ((features,), torch.float64),
+        "directions": ((features, width), torch.float32),
+        "basis": ((rank, width), torch.float32),
+        "coefficients": ((rank, features), torch.float32),
+    }
+
+
+def _from_description(description: Mapping[str, Any], tensor_file: Path) -> Subspace:
+    entries = description["sites"]
+    expected: dict[str, Any] = {}
+    identities = []
+    for index, entry in enumerate(entries):
+        sae = SaeIdentity.from_dict(entry["sae"])
+        rank, features = int(entry["rank"]), int(entry["features"])
+        if not (1 <= rank <= sae.d_in <= _MAX_WIDTH and 1 <= features <= min(sae.d_sae, _MAX_FEATURES)):
+            raise ArtifactError(f"Site {index} has impossible sizes (rank {rank}, {features} features). Build it again.")
+        if len(entry["tokens"]) != features:
+            raise ArtifactError(f"Site {index} has tokens for {len(entry['tokens'])} of {features} features.")
+        identities.append((sae, tuple(tuple(str(token) for token in tokens) for tokens in entry["tokens"])))
+        for name, header in _site_tensors(rank, features, sae.d_in).items():
+            expected[f"{index}.{name}"] = header
+    if not identities:
+        raise ArtifactError("The Subspace has no sites, so no module could get a basis. Build it again.")
+    tensors = read_tensors(tensor_file, expected)
+    sites = tuple(
+        SubspaceSite(
+            sae=sae, tokens=tokens, **{name: tensors[f"{index}.{name}"] for name in _site_tensors(1, 1, 1)}
+        )
+        for index, (sae, tokens) in enumerate(identities)
+    )
+    return Subspace(
+        sites=sites,
+        layout=BlockLayout.from_dict(description["layout"]),
+        model=dict(description["model"]),
+        settings=dict(description["settings"]),
+        versions=dict(description["versions"]),
+    )
+
+
+def _find_folder(path_or_id: str | Path) -> Path:
+    path = Path(path_or_id)
+    for folder in (path, path / "subspace"):
+        if (folder / JSON_FILE).is_file():
+            return folder
+    if path.exists():
+        raise ArtifactError(
+            f"'{path}' has no {JSON_FILE}, so it is no Subspace and no adapter with one. Give the folder that "
+            "`Subspace.save_pretrained` or an adapter's `save_pretrained` wrote."
+        )
+    return _download(str(path_or_id))
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot = Path(
+            snapshot_download(repository, allow_patterns=[JSON_FILE, TENSOR_FILE, f"subspace/{JSON_FILE}", f"subspace/{TENSOR_FILE}"])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ArtifactError(
+            f"Subspace {repository!r} is no folder here, and cannot be had from the Hub "
+            f"({type(error).__name__}). Check the path or the repository's name, and the network."
+        ) from error
+    for folder in (snapshot, snapshot / "subspace"):
+        if (folder / JSON_FILE).is_file():
+            return folder
+    raise ArtifactError(f"The Hub repository {repository!r} has no {JSON_FILE}, so it holds no Subspace.")

@@ -1,0 +1,128 @@
+"""The basis as one module sees it: through the norm, orthonormal, and filled up to the rank."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..layout import Side
+
+_TOLERANCE = 1e-6  # a gain or a direction smaller than this, relative to the largest, is zero
+
+
+@dataclass(frozen=True)
+class NormGain:
+    """What a norm does to a small change of its input, up to the common rescaling.
+
+    Attributes:
+        gain: factor per channel, float64 [width].
+        centers: whether the norm takes off the mean over the channels first, as LayerNorm does.
+    """
+
+    gain: torch.Tensor
+    centers: bool
+
+
+@torch.no_grad()
+def measure_norm(norm: nn.Module, width: int) -> NormGain | None:
+    """Find a norm's gain by asking the norm itself.
+
+    For an input x of ones and minus ones with mean 0, every RMSNorm and LayerNorm gives g * x plus a bias; half
+    the difference of the outputs for x and -x is g * x. Whether the norm centres shows on the constant
+    input, which LayerNorm maps to its bias. So no table of norms and their conventions (Gemma's `1 +
+    weight`) is needed.
+
+    Args:
+        norm: the norm.
+        width: its number of channels.
+
+    Returns:
+        None if the weights are on the meta device, where there is nothing to measure.
+    """
+    parameter = next(norm.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    if device.type == "meta":
+        return None
+    floating = parameter is not None and parameter.dtype.is_floating_point
+    dtype = parameter.dtype if parameter is not None and floating else torch.float32
+    ones = torch.ones(1, 1, width, device=device, dtype=dtype)
+    signs = ones.clone()
+    signs[..., 1::2] = -1
+    if width % 2:
+        signs[..., -1] = 0
+    # With an odd width the one channel left at zero is measured by the rolled input.
+    gain = _odd_response(norm, signs) * signs.double().cpu().flatten()
+    if width % 2:
+        rolled = signs.roll(1, dims=-1)
+        other = _odd_response(norm, rolled) * rolled.double().cpu().flatten()
+        gain = torch.where(signs.cpu().flatten() == 0, other, gain)
+    constant = _odd_response(norm, ones).abs().max()
+    return NormGain(gain=gain, centers=bool(constant < 1e-3 * gain.abs().max()))
+
+
+def _odd_response(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return ((norm(x) - norm(-x)).double() / 2).cpu().flatten()
+
+
+def through_norm(basis: torch.Tensor, norm: NormGain | None, side: Side) -> torch.Tensor:
+    """Return directions of the residual stream as a module meets them.
+
+    A feature direction d reaches a reading module as g * d, or g * (d - mean(d)) behind a LayerNorm. A
+    writing module behind a post-norm must write d / g to move the stream along d; channels whose gain is
+    zero it cannot move, and they are left at zero.
+
+    Args:
+        basis: directions, float [rank, width].
+        norm: the norm between stream and module, or None.
+        side: the module's side.
+
+    Returns:
+        Directions of any length, float64 [rank, width].
+    """
+    directions = basis.double().cpu()
+    if norm is None:
+        return directions
+    if side == "read":
+        if norm.centers:
+            directions = directions - directions.mean(dim=-1, keepdim=True)
+        return directions * norm.gain
+    usable = norm.gain.abs() > _TOLERANCE * norm.gain.abs().max()
+    return torch.where(usable, directions / torch.where(usable, norm.gain, 1.0), 0.0)
+
+
+def orthonormal_rows(directions: torch.Tensor) -> torch.Tensor:
+    """Return orthonormal rows that span the same space, in the same order of importance.
+
+    Args:
+        directions: float64 [rank, width].
+
+    Returns:
+        Float64 [rank', width]; rank' is smaller where directions depend on those before them.
+    """
+    lengths = directions.norm(dim=-1, keepdim=True)
+    directions = directions[(lengths > 0).flatten()] / lengths[lengths > 0][:, None]
+    orthogonal, upper = torch.linalg.qr(directions.T)
+    diagonal = torch.diagonal(upper)
+    independent = diagonal.abs() > _TOLERANCE
+    rows = orthogonal.T * torch.where(diagonal < 0, -1.0, 1.0).to(torch.float64)[:, None]
+    return rows[independent]
+
+
+def fill_rows(rows: torch.Tensor, count: int, *, seed: str) -> torch.Tensor:
+    """Return `count` random orthonormal rows that are orthogonal to given ones.
+
+    Args:
+        rows: orthonormal, float64 [rank, width].
+        count: how many are wanted; `rank + count` must not exceed the width.
+        seed: any text; the same text gives the same rows on every machine and in every process.
+    """
+    number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
+    generator = torch.Generator().manual_seed(number)
+    random = torch.randn(count, rows.shape[1], generator=generator, dtype=torch.float64)
+    # Twice, because the first subtraction leaves rounding errors of the size of its operands.
+    for _ in range(2):
+        random = random - (random @ rows.T) @ rows
+    return torch.linalg.qr(random.T)[0].T

@@ -1,0 +1,203 @@
+"""The configuration of the tuner."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import functools
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+from packaging.version import InvalidVersion, Version
+from peft import LoraConfig, PeftType
+
+from ..errors import ArtifactError, ConfigError
+from ..subspace import Subspace
+
+logger = logging.getLogger(__name__)
+
+SUBSPACE_FOLDER = "subspace"
+_LAYER_MAPS = ("nearest", "exact")
+_FILLS = ("orthogonal", "zeros", "error")
+_SIDES = ("read", "write", "none")
+
+
+@dataclass
+class SaeSubspaceConfig(LoraConfig):
+    """A `LoraConfig` whose low-rank basis comes from a Subspace of SAE features.
+
+    Every field of `LoraConfig` keeps its meaning. `r` may also be `"auto"`: each module then gets the rank
+    of its own basis. A module that reads the residual stream has the basis in `lora_A`, and `lora_B`
+    starts at zero; a module that writes it has the basis in `lora_B`, and `lora_A` starts at zero.
+
+    Args:
+        subspace: a `Subspace`, its folder, or its Hub id. Without one the adapter starts as plain LoRA, with
+            a `MissingSubspaceWarning`.
+        freeze_basis: train only the factor that does not hold the basis, so that the update stays in the
+            span of the chosen features for good.
+        norm_gain: carry the basis through the norm between the residual stream and the module.
+        layer_map: `"nearest"` gives every module the nearest site; `"exact"` adapts only modules whose own
+            block has a site.
+        fill: what stands in for missing directions where `r` exceeds the basis: `"orthogonal"` (random
+            directions orthogonal to it), `"zeros"`, or `"error"`.
+        sides: side of modules (name or end of a name: `"read"`, `"write"`, or `"none"` for plain LoRA),
+            where it is not known from the architecture or is to be another one.
+        basis_record: written at injection: the Subspace's digest, and each module's side, hook point and
+            basis size. Not meant to be set by hand.
+
+    Raises:
+        ConfigError: unknown field, value out of range, or a combination that cannot work.
+    """
+
+    subspace: str | Subspace | None = field(
+        default=None, metadata={"help": "A Subspace, its folder or its Hub id; without one the adapter starts as plain LoRA."}
+    )
+    freeze_basis: bool = field(
+        default=False, metadata={"help": "Freeze the factor that holds the basis: the update stays in its span."}
+    )
+    norm_gain: bool = field(
+        default=True, metadata={"help": "Carry the basis through the norm between residual stream and module."}
+    )
+    layer_map: Literal["nearest", "exact"] = field(
+        default="nearest",
+        metadata={"help": "'nearest': every module takes the nearest site. 'exact': only blocks with a site of their own."},
+    )
+    fill: Literal["orthogonal", "zeros", "error"] = field(
+        default="orthogonal", metadata={"help": "What fills up a basis smaller than r: 'orthogonal', 'zeros' or 'error'."}
+    )
+    sides: dict[str, str] | None = field(
+        default=None, metadata={"help": "Module name (or its end) to 'read', 'write' or 'none', overriding the architecture."}
+    )
+    basis_record: dict[str, Any] | None = field(
+        default=None, metadata={"help": "What injection recorded; not meant to be set by hand."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SAE_SUBSPACE
+        if isinstance(self.subspace, Path):
+            self.subspace = str(self.subspace)
+        if self.subspace is not None and not isinstance(self.subspace, (str, Subspace)):
+            raise ConfigError(
+                f"subspace={self.subspace!r} is a {type(self.subspace).__name__}. Give a Subspace, a path, or a Hub id."
+            )
+        if self.r != "auto" and (not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1):
+            raise ConfigError(f"r={self.r!r} is no rank. Give a positive integer or 'auto'.")
+        _check_choice("layer_map", self.layer_map, _LAYER_MAPS)
+        _check_choice("fill", self.fill, _FILLS)
+        for name in ("freeze_basis", "norm_gain"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name}={getattr(self, name)!r} is neither true nor false.")
+        for module, side in (self.sides or {}).items():
+            _check_choice(f"sides[{module!r}]", side, _SIDES)
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.subspace is None and self.basis_record is None:
+            if self.freeze_basis or self.r == "auto":
+                wish = "freeze_basis=True" if self.freeze_basis else "r='auto'"
+                raise ConfigError(f"{wish} needs a basis, and no subspace is given. Set `subspace`.")
+            return
+        if self.init_lora_weights not in (True, False):
+            raise ConfigError(
+                f"init_lora_weights={self.init_lora_weights!r} and subspace both want to initialise the adapter. Leave "
+                "init_lora_weights at True, or use peft_type 'LORA'."
+            )
+        if self.layer_replication:
+            raise ConfigError(
+                "layer_replication changes which block is which, so the sites of the subspace would be mistaken. Use one "
+                "of the two."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as data; a Subspace object becomes the name of its folder."""
+        plain = copy.copy(self)
+        if isinstance(self.subspace, Subspace):
+            plain.subspace = SUBSPACE_FOLDER
+        return dict(LoraConfig.to_dict(plain))
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`, and the Subspace in a folder beside it.
+
+        Args:
+            save_directory: the adapter's folder.
+            **kwargs: as in PEFT.
+        """
+        plain = self
+        subspace = self._subspace_to_save()
+        if subspace is not None:
+            subspace.save_pretrained(Path(save_directory) / SUBSPACE_FOLDER)
+            plain = copy.copy(self)
+            plain.subspace = SUBSPACE_FOLDER
+        super(SaeSubspaceConfig, plain).save_pretrained(save_directory, **kwargs)
+
+    def remember_subspace(self, subspace: Subspace) -> None:
+        """Keep the Subspace that the adapter was built from, so that it can be saved along with it."""
+        self._used_subspace = subspace
+
+    def _subspace_to_save(self) -> Subspace | None:
+        """The Subspace that goes along with an adapter; a mere path in a config stays a path."""
+        if isinstance(self.subspace, Subspace):
+            return self.subspace
+        used: Subspace | None = getattr(self, "_used_subspace", None)
+        if used is not None or self.subspace is None or self.basis_record is None:
+            return used
+        try:
+            subspace = Subspace.from_pretrained(self.subspace)
+        except ArtifactError as error:
+            logger.warning("The adapter is saved without its Subspace, which is no longer there: %s", error)
+            return None
+        return subspace if subspace.digest == self.basis_record["digest"] else None
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> SaeSubspaceConfig:
+        """Read a configuration as PEFT does; an adapter's own Subspace is found beside it."""
+        config: SaeSubspaceConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        beside = Path(pretrained_model_name_or_path, subfolder or "", SUBSPACE_FOLDER)
+        if config.subspace == SUBSPACE_FOLDER and beside.is_dir():
+            config.subspace = str(beside)
+        return config
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is unknown. Choose one of {', '.join(map(repr, choices))}.")
+
+
+def _refuse_unknown_fields(init: Callable[..., None], known: list[str]) -> Callable[..., None]:
+    """Wrap `__init__` so that a misspelt field is an error.
+
+    PEFT drops unknown entries of a JSON file with a warning, for the sake of files from a newer PEFT. A user's
+    own typo would change the training behind that warning; so only a newer PEFT's files keep that grace.
+    """
+
+    @functools.wraps(init)
+    def checked(self: SaeSubspaceConfig, *args: Any, **kwargs: Any) -> None:
+        unknown = sorted(set(kwargs) - set(known))
+        if unknown and not _is_newer(kwargs.get("peft_version")):
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(
+                f"SaeSubspaceConfig has no field {unknown[0]!r}, so its value would be lost.{hint} Remove or rename it."
+            )
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+def _is_newer(peft_version: object) -> bool:
+    try:
+        return isinstance(peft_version, str) and Version(peft_version.split("@")[0]) > Version(peft.__version__)
+    except InvalidVersion:
+        return False
+
+
+SaeSubspaceConfig.__init__ = _refuse_unknown_fields(  # type: ignore[method-assign]
+    SaeSubspaceConfig.__init__, [entry.name for entry in fields(SaeSubspaceConfig) if entry.init]
+)

@@ -1,0 +1,356 @@
+"""Deciding, before anything is changed, which basis every target module gets."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ArtifactError, ConfigError, MismatchError, MissingSubspaceWarning
+from ..layout import BlockLayout, ModuleRole, Site
+from ..subspace import Subspace, SubspaceSite
+from .basis import NormGain, fill_rows, measure_norm, orthonormal_rows, through_norm
+from .config import SUBSPACE_FOLDER, SaeSubspaceConfig
+
+logger = logging.getLogger(__name__)
+
+_RESIDUAL_KINDS = ("resid_pre", "resid_mid", "resid_post")
+_WRITE_KINDS = (*_RESIDUAL_KINDS, "attn_out", "mlp_out")
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """What one module gets.
+
+    Attributes:
+        side: `read`, `write`, or `none` for plain LoRA.
+        rank: rank of its adapter.
+        hook_name: hook point that its basis comes from; None for plain LoRA.
+        basis: number of its directions that come from features.
+        filled: number of its directions that do not.
+        rows: the directions, float32 [rank, width]; None if there is nothing to initialise.
+    """
+
+    side: str
+    rank: int
+    hook_name: str | None = None
+    basis: int = 0
+    filled: int = 0
+    rows: torch.Tensor | None = None
+
+    def to_record(self) -> dict[str, Any]:
+        """Return what is worth keeping, as JSON-serialisable data."""
+        return {"side": self.side, "hook_name": self.hook_name, "basis": self.basis, "filled": self.filled}
+
+
+@dataclass(frozen=True)
+class InjectionPlan:
+    """The plans of all target modules.
+
+    Attributes:
+        subspace: the Subspace that the bases come from; None if the weights come from elsewhere.
+        modules: module name to plan; modules that are left alone are not in it.
+    """
+
+    subspace: Subspace | None
+    modules: dict[str, ModulePlan]
+
+
+def make_plan(config: SaeSubspaceConfig, model: nn.Module, targets: Iterable[str]) -> InjectionPlan:
+    """Plan every target module, changing neither the model nor the configuration.
+
+    Args:
+        config: the adapter's configuration.
+        model: the base model.
+        targets: names of the target modules.
+
+    Raises:
+        ConfigError, MismatchError, ArtifactError: the configuration cannot be carried out.
+    """
+    subspace = resolve_subspace(config)
+    if subspace is not None:
+        return InjectionPlan(subspace, _Planner(config, model, subspace).plan(targets))
+    record = (config.basis_record or {}).get("modules", {})
+    return InjectionPlan(None, {name: _from_record(config, name, record.get(name)) for name in targets})
+
+
+def resolve_subspace(config: SaeSubspaceConfig) -> Subspace | None:
+    """Return the Subspace to initialise from, or None if the weights come from elsewhere.
+
+    An adapter that is loaded to be run needs none. One that is loaded to be trained gets its weights from its
+    file too, but may as well be a template for a new adapter, so its own Subspace is used if it is there.
+
+    Raises:
+        ArtifactError: the Subspace cannot be read.
+        ConfigError: the configuration records another Subspace than it names.
+    """
+    record = config.basis_record
+    if record is not None and (config.inference_mode or record.get("digest") is None):
+        return None
+    if config.subspace is None:
+        if not config.inference_mode:
+            _warn_missing("No subspace is given")
+        return None
+    if isinstance(config.subspace, Subspace):
+        subspace = config.subspace
+    else:
+        try:
+            subspace = Subspace.from_pretrained(config.subspace)
+        except ArtifactError:
+            if record is None:
+                raise
+            _warn_missing(f"The adapter's Subspace is no longer at {config.subspace!r}")
+            return None
+    if record is not None and record["digest"] != subspace.digest:
+        if config.subspace == SUBSPACE_FOLDER:  # a folder of that name that belongs to something else
+            _warn_missing("The adapter's own Subspace is not beside its configuration")
+            return None
+        raise ConfigError(
+            f"The configuration belongs to an adapter built from the Subspace {record['digest'][:12]}..., and the given one "
+            f"is {subspace.digest[:12]}.... To start a new adapter from it, set basis_record=None."
+        )
+    return subspace
+
+
+def _warn_missing(reason: str) -> None:
+    warnings.warn(
+        f"{reason}, so the adapter starts as plain LoRA, without a basis of features. If its weights are loaded "
+        "afterwards, all is well; otherwise set `subspace` to a Subspace or its folder.",
+        MissingSubspaceWarning,
+        stacklevel=2,
+    )
+
+
+def _from_record(config: SaeSubspaceConfig, name: str, entry: Mapping[str, Any] | None) -> ModulePlan:
+    rank = _asked_rank(config, name)
+    if rank is None:
+        raise ConfigError("r='auto' needs the Subspace that the ranks come from, and it is not there. Give it or a number.")
+    entry = entry or {"side": "none", "hook_name": None, "basis": 0, "filled": 0}
+    return ModulePlan(side=entry["side"], rank=rank, **{key: entry[key] for key in ("hook_name", "basis", "filled")})
+
+
+def _asked_rank(config: SaeSubspaceConfig, name: str) -> int | None:
+    """The rank that the configuration asks for, or None for the basis' own."""
+    rank: Any = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
+    return None if rank == "auto" else int(rank)
+
+
+class _Planner:
+    """Finds sites and bases; what several modules share is computed once."""
+
+    def __init__(self, config: SaeSubspaceConfig, model: nn.Module, subspace: Subspace) -> None:
+        self._config = config
+        self._model = model
+        self._subspace = subspace
+        self._layout: BlockLayout = subspace.layout
+        self._norms: dict[str, NormGain | None] = {}
+        self._rows: dict[tuple[str, str, str | None], torch.Tensor] = {}
+
+    def plan(self, targets: Iterable[str]) -> dict[str, ModulePlan]:
+        plans, alone = {}, []
+        for name in targets:
+            plan = self._plan_module(name, self._model.get_submodule(name))
+            if plan is None:
+                alone.append(name)
+            else:
+                plans[name] = plan
+        self._check_left_alone(plans, alone)
+        return plans
+
+    def _check_left_alone(self, plans: Mapping[str, ModulePlan], alone: list[str]) -> None:
+        if not alone:
+            return
+        sites = [site.sae.hook_name for site in self._subspace.sites]
+        if not plans or self._config.layers_to_transform is not None:
+            raise MismatchError(
+                f"layer_map='exact', and the target {alone[0]!r} has no SAE in its own block: the Subspace has {sites}. Use "
+                "layer_map='nearest', or target only blocks with an SAE."
+            )
+        logger.info("layer_map='exact' leaves %d modules alone whose blocks have no SAE (%s ...).", len(alone), alone[0])
+
+    def _plan_module(self, name: str, module: nn.Module) -> ModulePlan | None:
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        place = self._layout.locate(name)
+        role, site = self._find_site(name, module, place)
+        if role is None:
+            return self._plain(name, module)
+        if site is None:
+            return None
+        norm_name = None
+        if self._config.norm_gain and role.norm is not None and place is not None:
+            norm_name = f"{place[0]}.{role.norm}" if place[0] else role.norm
+        rows = self._module_rows(site, role, norm_name)
+        width = _width(module, role.side)
+        if width is not None and width != rows.shape[1]:
+            raise MismatchError(
+                f"Target {name!r} is {width} wide on its {role.side} side, and the basis at {site.sae.hook_name} is "
+                f"{rows.shape[1]} wide. Use a Subspace of this model, or set sides={{{name!r}: 'none'}}."
+            )
+        return self._fit_rank(name, role, site, rows)
+
+    def _plain(self, name: str, module: nn.Module) -> ModulePlan:
+        """A module that no basis belongs to: plain LoRA."""
+        rank = _asked_rank(self._config, name)
+        if self._config.freeze_basis:
+            raise ConfigError(
+                f"Target {name!r} ({type(module).__name__}) has no basis that freeze_basis=True could freeze. Exclude it with "
+                "exclude_modules, or use freeze_basis=False."
+            )
+        if rank is None:
+            raise ConfigError(
+                f"Target {name!r} ({type(module).__name__}) has no basis, so r='auto' gives it no rank. Give it one in "
+                "rank_pattern, or set r to a number."
+            )
+        return ModulePlan(side="none", rank=rank)
+
+    def _find_site(
+        self, name: str, module: nn.Module, place: tuple[str, int, str] | None
+    ) -> tuple[ModuleRole | None, SubspaceSite | None]:
+        """The module's role, None for plain LoRA, and its site, None if it is to be left alone."""
+        given = self._given_side(name)
+        if given == "none" or not isinstance(module, (nn.Linear, Conv1D)) and not hasattr(module, "in_features"):
+            return None, None
+        roles = self._layout.roles.get(place[2], ()) if place is not None else ()
+        if given is not None:
+            roles = tuple(role for role in roles if role.side == given) or (_default_role(given),)
+        if not roles:
+            raise ConfigError(
+                f"Target {name!r} is not known to read or to write the residual stream in {self._model_type()}, so its basis "
+                f"has no place. Say which with sides={{{name.split('.')[-1]!r}: 'read'}} ('write', or 'none' for plain LoRA), "
+                "or do not target it."
+            )
+        block = place[1] if place is not None else int(self._subspace.model.get("num_hidden_layers", 0))
+        for role in roles:
+            candidates = self._candidates(role, block)
+            if candidates:
+                return role, self._choose(role, block, candidates)
+        kinds = sorted({site.sae.site.kind for site in self._subspace.sites})
+        raise MismatchError(
+            f"Target {name!r} can get no basis from SAEs at {kinds} alone: it {roles[0].side}s {roles[0].site}. Target other "
+            "modules, or build the Subspace from SAEs of the residual stream."
+        )
+
+    def _given_side(self, name: str) -> str | None:
+        for key, side in (self._config.sides or {}).items():
+            if name == key or name.endswith(f".{key}"):
+                return side
+        return None
+
+    def _model_type(self) -> str:
+        return str(getattr(getattr(self._model, "config", None), "model_type", type(self._model).__name__))
+
+    def _candidates(self, role: ModuleRole, block: int) -> list[SubspaceSite]:
+        """The sites whose directions live where the module reads or writes."""
+        if role.site == "z":  # each block's heads have a space of their own
+            return [site for site in self._subspace.sites if site.sae.site == Site(block, "z")]
+        kinds = _RESIDUAL_KINDS if role.side == "read" else _WRITE_KINDS
+        return [site for site in self._subspace.sites if site.sae.site.kind in kinds]
+
+    def _choose(self, role: ModuleRole, block: int, sites: list[SubspaceSite]) -> SubspaceSite | None:
+        """The nearest site along the residual stream; of two, the one that the module touches.
+
+        A reader touches what is written before it, a writer what is read after it.
+        """
+        if role.site == "z":
+            return sites[0]
+        own = Site(block, role.site).half_steps or 0
+        downstream = 1 if role.side == "write" else -1
+
+        def distance(site: SubspaceSite) -> tuple[int, int]:
+            steps = (site.sae.site.half_steps or 0) - own
+            return abs(steps), 0 if steps * downstream >= 0 else 1
+
+        if self._config.layer_map == "exact":
+            sites = [site for site in sites if self._is_own(site, role, own, block)]
+        return min(sites, key=distance, default=None)
+
+    @staticmethod
+    def _is_own(site: SubspaceSite, role: ModuleRole, own: int, block: int) -> bool:
+        """Whether a site lies in the module's block and the module touches it."""
+        steps = site.sae.site.half_steps or 0
+        if role.side == "read":
+            return 2 * block <= steps <= own
+        return own <= steps <= 2 * block + 2
+
+    def _module_rows(self, site: SubspaceSite, role: ModuleRole, norm_name: str | None) -> torch.Tensor:
+        key = (site.sae.hook_name, role.side, norm_name)
+        if key not in self._rows:
+            gain = None if norm_name is None else self._norm(norm_name, site.basis.shape[1])
+            rows = orthonormal_rows(through_norm(site.basis, gain, role.side))
+            if rows.shape[0] == 0:
+                raise MismatchError(
+                    f"Nothing of the basis at {site.sae.hook_name} passes the norm {norm_name!r}. Use norm_gain=False."
+                )
+            self._rows[key] = rows
+        return self._rows[key]
+
+    def _norm(self, name: str, width: int) -> NormGain | None:
+        if name not in self._norms:
+            try:
+                norm = self._model.get_submodule(name)
+            except AttributeError as error:
+                raise MismatchError(
+                    f"The Subspace expects a norm at {name!r}, and the model has none: it is of another architecture. Use a "
+                    "Subspace of this model, or norm_gain=False."
+                ) from error
+            self._norms[name] = measure_norm(norm, width)
+        return self._norms[name]
+
+    def _fit_rank(self, name: str, role: ModuleRole, site: SubspaceSite, rows: torch.Tensor) -> ModulePlan:
+        asked = _asked_rank(self._config, name)
+        found, width = rows.shape
+        rank = found if asked is None else asked
+        if rank > width:
+            raise ConfigError(
+                f"r={rank} exceeds the {width} dimensions that {name!r} {role.side}s, so no basis has so many directions. Use "
+                f"r='auto' or r <= {width}."
+            )
+        missing = max(0, rank - found)
+        if missing:
+            rows = torch.cat([rows, self._fill(name, rank, rows, missing)])
+        return ModulePlan(
+            side=role.side,
+            rank=rank,
+            hook_name=site.sae.hook_name,
+            basis=min(rank, found),
+            filled=missing,
+            rows=rows[:rank].float(),
+        )
+
+    def _fill(self, name: str, rank: int, rows: torch.Tensor, missing: int) -> torch.Tensor:
+        found = rows.shape[0]
+        if self._config.fill == "zeros":
+            return rows.new_zeros(missing, rows.shape[1])
+        if self._config.fill == "error" or self._config.freeze_basis:
+            reason = (
+                "with freeze_basis=True the others would be frozen arbitrary directions, outside the features' span"
+                if self._config.freeze_basis
+                else "fill='error' forbids to make up the others"
+            )
+            raise ConfigError(
+                f"r={rank} exceeds the {found} directions of the basis of {name!r}, and {reason}. Use r='auto', r <= {found}, "
+                "fill='zeros', or a larger variance or top_k when building the Subspace."
+            )
+        return fill_rows(rows, missing, seed=f"{self._subspace.digest}/{name}")
+
+
+def _default_role(side: str) -> ModuleRole:
+    if side == "write":
+        return ModuleRole(side="write", site="resid_post")
+    return ModuleRole(side="read", site="resid_pre")
+
+
+def _width(module: nn.Module, side: str) -> int | None:
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0 if side == "read" else 1])
+    width = getattr(module, "in_features" if side == "read" else "out_features", None)
+    return None if width is None else int(width)

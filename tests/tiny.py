@@ -1,0 +1,119 @@
+"""Tiny random models, tokenizers and SAEs, built in code; nothing is downloaded."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+WIDTH = 32
+BLOCKS = 3
+WORDS = ["red", "green", "blue", "sun", "moon", "sea", "hill", "tree", "bird", "fish", "stone", "sky"]
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
+
+_COMMON = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "vocab_size": 20,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GROUPED = {**_COMMON, "num_key_value_heads": 2, "head_dim": 8}
+_GPT2 = {
+    "n_embd": WIDTH,
+    "n_layer": BLOCKS,
+    "n_head": 4,
+    "vocab_size": 20,
+    "n_positions": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_OPT = {**_COMMON, "ffn_dim": 48, "word_embed_proj_dim": WIDTH, "dropout": 0.0}
+_OPT.pop("intermediate_size")
+
+FAMILIES = {
+    "llama": ("Llama", _GROUPED),
+    "mistral": ("Mistral", _GROUPED),
+    "qwen2": ("Qwen2", {**_COMMON, "num_key_value_heads": 2}),
+    "qwen3": ("Qwen3", _GROUPED),
+    "gemma": ("Gemma", _GROUPED),
+    "gemma2": ("Gemma2", _GROUPED),
+    "gemma3": ("Gemma3", _GROUPED),
+    "phi3": ("Phi3", {**_COMMON, "num_key_value_heads": 2}),
+    "gpt2": ("GPT2", _GPT2),
+    "gpt_neox": ("GPTNeoX", _COMMON),
+    "opt": ("OPT", _OPT),
+}
+
+
+def make_model(family: str = "llama", *, seed: int = 0) -> PreTrainedModel:
+    """A tiny causal language model with random weights, norm gains included."""
+    prefix, settings = FAMILIES[family]
+    config_cls = getattr(transformers, f"{prefix}TextConfig" if family == "gemma3" else f"{prefix}Config")
+    model_cls = getattr(transformers, "GPT2LMHeadModel" if family == "gpt2" else f"{prefix}ForCausalLM")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = model_cls(config_cls(**settings))
+        for name, parameter in model.named_parameters():
+            if "norm" in name or ".ln_" in name:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+            elif parameter.dim() > 1:  # initial weights are so small that blocks hardly matter
+                parameter.data *= 4
+    return model.eval()
+
+
+def make_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that puts BOS in front, as Llama's and Gemma's do."""
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, *WORDS, "user:", "assistant:"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+    if chat:
+        tokenizer.chat_template = (
+            "{{ '<bos> ' }}{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+            "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+        )
+    return tokenizer
+
+
+def make_sae(
+    hook_name: str = "blocks.1.hook_resid_post",
+    *,
+    width: int = WIDTH,
+    features: int = 64,
+    seed: int = 0,
+    kind: str = "standard",
+    **metadata,
+):
+    """A sae-lens SAE with random weights; its decoder rows have different lengths."""
+    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
+    from sae_lens.saes.sae import SAEMetadata
+
+    classes = {"standard": (StandardSAE, StandardSAEConfig), "jumprelu": (JumpReLUSAE, JumpReLUSAEConfig)}
+    sae_cls, config_cls = classes[kind]
+    settings = metadata.pop("settings", {})
+    known = SAEMetadata(hook_name=hook_name, prepend_bos=True, **metadata)
+    sae = sae_cls(config_cls(d_in=width, d_sae=features, metadata=known, **settings))
+    normal = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+    sae.W_enc.data = normal(width, features) / width**0.5
+    sae.W_dec.data = normal(features, width) * (0.2 + torch.arange(features)[:, None] / features)
+    sae.b_enc.data = 0.1 * normal(features)
+    sae.b_dec.data = 0.1 * normal(width)
+    if kind == "jumprelu":
+        sae.threshold.data = 0.2 * normal(features).abs()
+    return sae
+
+
+ALIGNED = [{"prompt": "red green blue", "completion": " sun moon sky"}, {"prompt": "sea", "completion": " sun sun moon"}]
+UNALIGNED = [{"prompt": "red green blue", "completion": " fish bird"}, {"prompt": "sea", "completion": " stone fish fish"}]
