@@ -43,7 +43,7 @@ def replace_folder(target: str | Path, *, marker: str) -> Iterator[Path]:
     Raises:
         ArtifactError: the target is a file or a foreign folder, or cannot be written.
     """
-    target = Path(target)
+    target = Path(target).resolve()  # a link stays one: what it points to is replaced
     if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / marker).is_file()):
         raise ArtifactError(
             f"'{target}' exists and is not a folder with a {marker}; writing there would destroy "
@@ -59,6 +59,10 @@ def replace_folder(target: str | Path, *, marker: str) -> Iterator[Path]:
         # mkdtemp makes the folder private; an artefact is as readable as any other file of its owner.
         scratch.chmod(0o777 & ~_umask())
         _swap_in(scratch, target)
+    except OSError as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(f"Cannot write '{target}' ({error}). Check the space and the rights there.") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -105,14 +109,14 @@ def read_json(path: Path, *, schema: str, newest: int) -> dict[str, Any]:
         raise ArtifactError(
             f"'{path}' does not exist, so there is no {schema} in '{path.parent}'. Check the path."
         ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(
             f"'{path}' cannot be read as JSON ({error}); it is damaged or truncated. Write it again."
         ) from error
     if not isinstance(data, dict) or data.get("schema") != schema:
         raise ArtifactError(f"'{path}' does not describe a {schema}. Check the path.")
     found = data.get("schema_version")
-    if not isinstance(found, int) or not 1 <= found <= newest:
+    if type(found) is not int or not 1 <= found <= newest:
         raise ArtifactError(
             f"'{path}' has schema version {found!r}, and this peft_sae reads versions 1 to {newest}. "
             "Upgrade peft_sae with `pip install -U peft-sae`."
@@ -121,15 +125,21 @@ def read_json(path: Path, *, schema: str, newest: int) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write tensors as safetensors, on the CPU and contiguous."""
+    """Write tensors as safetensors; tensors that share memory are written apart.
+
+    Raises:
+        ArtifactError: the file cannot be written.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise ArtifactError(f"Cannot write '{path}' ({error}). Check the space and the rights there.") from error
 
 
-def read_tensors(
-    path: Path, expected: Mapping[str, tuple[Sequence[int], torch.dtype]]
-) -> dict[str, torch.Tensor]:
+def read_tensors(path: Path, expected: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> dict[str, torch.Tensor]:
     """Read tensors from a safetensors file after checking names, shapes and dtypes in its header.
 
     Args:

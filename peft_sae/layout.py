@@ -114,8 +114,7 @@ class BlockLayout:
         """
         try:
             roles = {
-                str(path): tuple(_role_from_dict(entry) for entry in entries)
-                for path, entries in data["roles"].items()
+                str(path): tuple(_role_from_dict(entry) for entry in entries) for path, entries in data["roles"].items()
             }
             return cls(blocks=str(data["blocks"]), roles=roles)
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -96,24 +96,68 @@ def make_sae(
     kind: str = "standard",
     **metadata,
 ):
-    """A sae-lens SAE with random weights; its decoder rows have different lengths."""
-    from sae_lens import JumpReLUSAE, JumpReLUSAEConfig, StandardSAE, StandardSAEConfig
+    """A sae-lens SAE of any registered kind with random weights; its decoder rows have different lengths."""
+    from sae_lens.registry import get_sae_class
     from sae_lens.saes.sae import SAEMetadata
 
-    classes = {"standard": (StandardSAE, StandardSAEConfig), "jumprelu": (JumpReLUSAE, JumpReLUSAEConfig)}
-    sae_cls, config_cls = classes[kind]
-    settings = metadata.pop("settings", {})
+    sae_cls, config_cls = get_sae_class(kind)
+    settings = {**({"k": 5} if kind == "topk" else {}), **metadata.pop("settings", {})}
     known = SAEMetadata(hook_name=hook_name, prepend_bos=True, **metadata)
     sae = sae_cls(config_cls(d_in=width, d_sae=features, metadata=known, **settings))
     normal = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
     sae.W_enc.data = normal(width, features) / width**0.5
     sae.W_dec.data = normal(features, width) * (0.2 + torch.arange(features)[:, None] / features)
-    sae.b_enc.data = 0.1 * normal(features)
+    offset = 0.1 * normal(features)
     sae.b_dec.data = 0.1 * normal(width)
+    if kind == "gated":
+        sae.b_gate.data, sae.b_mag.data, sae.r_mag.data = offset, 0.1 * normal(features), 0.1 * normal(features)
+    else:
+        sae.b_enc.data = offset
     if kind == "jumprelu":
         sae.threshold.data = 0.2 * normal(features).abs()
     return sae
 
 
-ALIGNED = [{"prompt": "red green blue", "completion": " sun moon sky"}, {"prompt": "sea", "completion": " sun sun moon"}]
-UNALIGNED = [{"prompt": "red green blue", "completion": " fish bird"}, {"prompt": "sea", "completion": " stone fish fish"}]
+ALIGNED = [
+    {"prompt": "red green blue", "completion": " sun moon sky"},
+    {"prompt": "sea", "completion": " sun sun moon"},
+]
+UNALIGNED = [
+    {"prompt": "red green blue", "completion": " fish bird"},
+    {"prompt": "sea", "completion": " stone fish fish"},
+]
+
+
+def make_subspace(model, ranks=None, *, seed=0, features=None):
+    """A Subspace with random orthonormal bases at the given hook points, without any SAE behind it."""
+    from peft_sae.sae.identity import SaeIdentity
+    from peft_sae.sae.placement import find_layout
+    from peft_sae.subspace import Subspace, SubspaceSite
+
+    ranks = ranks or {"blocks.1.hook_resid_post": 4}
+    generator = torch.Generator().manual_seed(seed)
+    width = model.config.hidden_size
+    sites = []
+    for number, (hook_name, rank) in enumerate(ranks.items()):
+        count = features or rank
+        basis = torch.linalg.qr(torch.randn(width, rank, generator=generator, dtype=torch.float64))[0].T.float()
+        sites.append(
+            SubspaceSite(
+                sae=SaeIdentity(f"sae{number}", hook_name, width, 64, None, None, f"{number:064d}"),
+                features=torch.arange(count),
+                scores=torch.ones(count, dtype=torch.float64),
+                aligned_means=torch.ones(count, dtype=torch.float64),
+                unaligned_means=torch.zeros(count, dtype=torch.float64),
+                directions=basis[:count],
+                basis=basis,
+                coefficients=torch.eye(rank, count),
+                tokens=((),) * count,
+            )
+        )
+    description = {
+        "name": "",
+        "model_type": model.config.model_type,
+        "hidden_size": width,
+        "num_hidden_layers": model.config.num_hidden_layers,
+    }
+    return Subspace(tuple(sites), find_layout(model), description, {"selector": "by hand"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
+import torch
 from peft import LoraConfig
 
 from ..artifact import replace_folder, write_json
@@ -18,7 +19,8 @@ PROVENANCE_FILE = "sae_subspace.json"
 def export_lora(adapter: str | Path, output: str | Path) -> Path:
     """Write a trained adapter as a plain LoRA adapter with the same factors.
 
-    The weights are the same tensors, so logits are identical. What only this package knows (digest of the Subspace, sides,
+    The weights are the same tensors, so logits are identical. What only this package knows (digest of the Subspace,
+    sides,
     hook points) goes into `sae_subspace.json`, which PEFT ignores.
 
     Args:
@@ -51,13 +53,12 @@ def export_lora(adapter: str | Path, output: str | Path) -> Path:
     return Path(output)
 
 
-def _read_weights(path: Path):  # type: ignore[no-untyped-def]
-    import torch
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(path)
+        tensors: dict[str, torch.Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"'{path}' cannot be read ({error}); it is damaged or truncated. Save it again.") from error
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]

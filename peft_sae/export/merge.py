@@ -28,7 +28,8 @@ def merge_checkpoint(
 ) -> Path:
     """Merge an adapter into its base model and write a plain checkpoint with its tokenizer.
 
-    The model is loaded into memory and merged by PEFT with its check for NaN. The output folder appears when it is complete,
+    The model is loaded into memory and merged by PEFT with its check for NaN. The output folder appears when it is
+    complete,
     or not at all.
 
     Args:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from sae_lens import SAE
 
 _SAE_CONFIG_FILE = "cfg.json"
+_UNFOLDED = ("expected_average_only_in", "covariance_whitening")
+# These give a token features that depend on the other tokens beside it.
+_JOINT_ARCHITECTURES = ("temporal", "batchtopk", "matryoshka_batchtopk")
 
 
 @dataclass(frozen=True)
@@ -49,23 +53,32 @@ class SaeHandle:
         Returns:
             Shape [tokens, d_sae], in the SAE's dtype and on its device.
         """
+        activations = activations.to(device=self.sae.device, dtype=self.sae.dtype)
         if self.center_input:
             activations = activations - activations.mean(dim=-1, keepdim=True)
-        activations = activations.to(device=self.sae.device, dtype=self.sae.dtype)
-        reshapes = self.sae.hook_z_reshaping_mode
-        if not reshapes:
-            return self.sae.encode(activations)
-        # A plain model gives the heads' outputs already side by side, as this SAE wants them inside.
-        self.sae.turn_off_forward_pass_hook_z_reshaping()
-        try:
-            return self.sae.encode(activations)
-        finally:
-            self.sae.turn_on_forward_pass_hook_z_reshaping()
+        with _unchanged(self.sae):
+            if self.sae.hook_z_reshaping_mode:
+                # A plain model gives the heads' outputs already side by side, as this SAE wants them inside.
+                self.sae.turn_off_forward_pass_hook_z_reshaping()
+            features: torch.Tensor = self.sae.encode(activations)
+        return features.to_dense() if features.is_sparse else features
 
     @property
     def decoder(self) -> torch.Tensor:
         """Decoder directions, shape [d_sae, d_in], one row per feature, of any length."""
-        return self.sae.W_dec.detach()
+        decoder: torch.Tensor = self.sae.W_dec
+        return decoder.detach()
+
+
+@contextmanager
+def _unchanged(sae: SAE[Any]) -> Iterator[None]:
+    """Undo what encoding stores in the SAE object: its reshaping mode and the norms of the last input."""
+    before = dict(vars(sae))
+    try:
+        yield
+    finally:
+        vars(sae).clear()
+        vars(sae).update(before)
 
 
 def load_saes(
@@ -106,7 +119,7 @@ def load_saes(
         handles = _load_folder(Path(source), ids, layers, device, dtype)
     else:
         handles = _load_release(str(source), ids, layers, device, dtype or "float32")
-    _check_distinct(handles)
+    check_distinct(handles)
     return handles
 
 
@@ -114,9 +127,15 @@ def make_handle(sae: SAE[Any], *, name: str | None = None, neuronpedia_id: str |
     """Wrap one SAE object after checking that it can be used.
 
     Raises:
-        MismatchError: no or unsupported hook point, an input scale that was never folded in, or
-            weights that are not finite.
+        MismatchError: no or unsupported hook point, a transcoder, an SAE that mixes tokens, an input
+            scaling that was never folded in, or weights that are not finite.
+        ConfigError: it is no SAE.
     """
+    if not hasattr(sae, "W_dec"):
+        raise ConfigError(
+            f"A {type(sae).__name__} is given where an SAE is needed. Give sae-lens' SAE objects, or the name of a "
+            "release or folder."
+        )
     metadata = sae.cfg.metadata
     hook_name = metadata.hook_name_out or metadata.hook_name
     if not hook_name:
@@ -124,16 +143,23 @@ def make_handle(sae: SAE[Any], *, name: str | None = None, neuronpedia_id: str |
             "The SAE's metadata name no hook point, so its directions have no place in the model. Set "
             "`sae.cfg.metadata.hook_name`, for example to 'blocks.12.hook_resid_post'."
         )
-    if metadata.hook_name_out and metadata.hook_name_out != metadata.hook_name:
+    architecture = sae.cfg.architecture()
+    if "transcoder" in architecture or hook_name != (metadata.hook_name or hook_name):
         raise MismatchError(
             f"The SAE maps {metadata.hook_name!r} to {metadata.hook_name_out!r}: it is a transcoder, whose "
             "features are not yet supported. Use SAEs that rebuild their own input."
         )
-    Site.from_hook_name(hook_name)
-    if sae.cfg.normalize_activations == "expected_average_only_in":
+    if architecture in _JOINT_ARCHITECTURES:
         raise MismatchError(
-            "The SAE rescales its input by an average norm that is not folded into its weights, so its "
-            "activations would be wrong. Call `sae.fold_activation_norm_scaling_factor(scale)` first."
+            f"The SAE at {hook_name} is of the architecture {architecture!r}, in which a token's features depend on "
+            "the tokens beside it, so they cannot be summed up. Save a trained one for inference, or use another."
+        )
+    site = Site.from_hook_name(hook_name)
+    if sae.cfg.normalize_activations in _UNFOLDED:
+        raise MismatchError(
+            f"The SAE's input scaling {sae.cfg.normalize_activations!r} is not folded into its weights, so its "
+            "activations would be wrong. Call `sae.fold_activation_norm_scaling_factor(scale)` or "
+            "`sae.fold_activation_whitening(...)` first."
         )
     weights = {"W_enc": sae.W_enc, "W_dec": sae.W_dec}
     for key, weight in weights.items():
@@ -152,7 +178,8 @@ def make_handle(sae: SAE[Any], *, name: str | None = None, neuronpedia_id: str |
     return SaeHandle(
         identity=identity,
         sae=sae,
-        center_input=bool(model_kwargs.get("center_writing_weights", False)),
+        # Centring changes what is written to the residual stream, not what the heads put out.
+        center_input=bool(model_kwargs.get("center_writing_weights", False)) and site.kind != "z",
         prepend_bos=metadata.prepend_bos,
     )
 
@@ -161,7 +188,7 @@ def _load_folder(
     folder: Path, ids: Sequence[str] | None, layers: Sequence[int] | None, device: str, dtype: str | None
 ) -> list[SaeHandle]:
     if (folder / _SAE_CONFIG_FILE).is_file():
-        return _pick_handles([_load_from_disk(folder, device, dtype)], None, layers)
+        return _pick_handles([_load_from_disk(folder, device, dtype)], ids, layers)
     found = {path.parent.name: path.parent for path in sorted(folder.glob(f"*/{_SAE_CONFIG_FILE}"))}
     if not found:
         raise ArtifactError(
@@ -209,8 +236,14 @@ def _load_release(
         )
     handles = []
     for sae_id in chosen:
-        with _quiet():
-            sae = SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
+        try:
+            with _quiet():
+                sae = SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
+        except Exception as error:  # sae-lens passes on whatever the network or a damaged file leads it into
+            raise ArtifactError(
+                f"The SAE {sae_id!r} of release {release!r} cannot be loaded ({error!r}). Check the network and the "
+                "Hugging Face cache."
+            ) from error
         neuronpedia_id = entry.neuronpedia_id.get(sae_id)
         handles.append(make_handle(sae, name=f"{release}/{sae_id}", neuronpedia_id=neuronpedia_id))
     return handles
@@ -223,8 +256,8 @@ def _ids_of_layers(release: str, known: list[str], layers: Sequence[int] | None)
             f"ids={known[:2]}."
         )
     chosen = []
-    for layer in layers:
-        pattern = re.compile(rf"(?:layer_|blocks\.|^l){layer}(?!\d)")
+    for layer in sorted(set(layers)):
+        pattern = re.compile(rf"(?:layer_?|blocks\.|^l){layer}(?!\d)")
         matches = [sae_id for sae_id in known if pattern.search(sae_id)]
         if len(matches) != 1:
             raise ConfigError(
@@ -235,9 +268,7 @@ def _ids_of_layers(release: str, known: list[str], layers: Sequence[int] | None)
     return chosen
 
 
-def _pick_handles(
-    handles: list[SaeHandle], ids: Sequence[str] | None, layers: Sequence[int] | None
-) -> list[SaeHandle]:
+def _pick_handles(handles: list[SaeHandle], ids: Sequence[str] | None, layers: Sequence[int] | None) -> list[SaeHandle]:
     if ids is not None:
         by_name = {handle.identity.name: handle for handle in handles}
         unknown = sorted(set(ids) - set(by_name))
@@ -256,7 +287,13 @@ def _pick_handles(
     return [handle for handle in handles if handle.identity.site.block in layers]
 
 
-def _check_distinct(handles: list[SaeHandle]) -> None:
+def check_distinct(handles: Sequence[SaeHandle]) -> None:
+    """Raise an error if there is no SAE, or if two have the same hook point.
+
+    Raises:
+        ConfigError: there is none.
+        MismatchError: two have the same hook point.
+    """
     if not handles:
         raise ConfigError("No SAE is given, so there is nothing to build a basis from. Give at least one.")
     seen: dict[str, str] = {}

@@ -7,7 +7,6 @@ model each of its hook names stands for. Its adapters are asked here; no second 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,6 +16,7 @@ from torch import nn
 from ..errors import MismatchError
 from ..layout import SITE_KINDS, BlockLayout, ModuleRole, Site
 from .load import SaeHandle
+from .model_names import is_other_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,10 +100,7 @@ def find_layout(model: PreTrainedModel) -> BlockLayout:
     before_mlp = "resid_pre" if parallel else "resid_mid"
     roles: dict[str, tuple[ModuleRole, ...]] = {}
     block = model.get_submodule(_blocks_path(model, bridge.name))[0]
-    width = int(model.get_input_embeddings().weight.shape[-1])
-    if "hidden_size" in model.config.to_dict():
-        width = int(model.config.hidden_size)
-
+    width = _residual_width(model)
     for path in _linear_paths(block, bridge, "attn"):
         if path == ".".join(_remote_path(bridge, ["attn", "o"])):
             write = ModuleRole("write", after_attention, norms.get("ln1_post"))
@@ -136,12 +133,11 @@ def _linear_paths(block: nn.Module, bridge: Any, part: str) -> list[str]:
     return [
         name
         for name, module in block.named_modules()
-        if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
-        and _features(module) is not None
+        if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes) and _features(module) is not None
     ]
 
 
-def _features(module: nn.Module) -> Any:
+def _features(module: Any) -> Any:
     """Input and output width of a linear module, whatever class holds its weight; None for others."""
     from transformers.pytorch_utils import Conv1D
 
@@ -155,36 +151,22 @@ def _features(module: nn.Module) -> Any:
 def _site_width(model: PreTrainedModel, tap: Tap) -> int:
     if tap.site.kind == "z":
         return int(_features(model.get_submodule(tap.module))[0])
-    return int(getattr(model.config, "hidden_size", model.get_input_embeddings().weight.shape[-1]))
+    return _residual_width(model)
+
+
+def _residual_width(model: PreTrainedModel) -> int:
+    # Not the embeddings' width: some OPT models project between the two.
+    return int(getattr(model.config.get_text_config(), "hidden_size"))  # noqa: B009 (unknown to the type checker)
 
 
 def _check_model_name(model: PreTrainedModel, sae_name: str, trained_on: str | None) -> None:
-    """Refuse an SAE whose metadata name another family of models, or another version of it."""
-    name = str(getattr(model.config, "_name_or_path", "") or getattr(model, "name_or_path", "") or "")
-    if not name or not trained_on:
-        return
-    ours, theirs = _model_words(f"{model.config.model_type}-{_last_part(name)}"), _model_words(_last_part(trained_on))
-    shared = ours.keys() & theirs.keys()
-    versions_differ = any(ours[word] and theirs[word] and not ours[word] & theirs[word] for word in shared)
-    if not shared or versions_differ:
+    name = str(getattr(model.config, "_name_or_path", "") or "")
+    if trained_on and is_other_model(trained_on, model_type=model.config.model_type, name=name):
         raise MismatchError(
             f"SAE {sae_name!r} was trained on {trained_on!r}, and the model is {name!r} ({model.config.model_type}): "
             "its features would mean nothing there. Use SAEs of this model; if it is the same model under another "
             "name, set `sae.cfg.metadata.model_name = None`."
         )
-
-
-def _last_part(name: str) -> str:
-    return name.rstrip("/").split("/")[-1].lower()
-
-
-def _model_words(name: str) -> dict[str, set[str]]:
-    """The words in a model's name with the version numbers that follow them; sizes are left out."""
-    words: dict[str, set[str]] = {}
-    for word, version in re.findall(r"([a-z]+)[-_]?(\d+(?:\.\d+)*(?![\d.]*[bmk]))?", name):
-        if len(word) > 1:
-            words.setdefault(word, set()).update({version} - {""})
-    return words
 
 
 def _remote_path(bridge: Any, path: Sequence[str]) -> list[str]:
@@ -215,6 +197,11 @@ def _blocks_path(model: PreTrainedModel, path: str, *, absolute: bool = False) -
 
 
 def _bridge_blocks(model: PreTrainedModel) -> Any:
+    if not getattr(model.config, "do_layer_norm_before", True):
+        raise MismatchError(
+            f"{type(model).__name__} is configured with do_layer_norm_before=False: its norms come after the blocks' "
+            "sums, so it has no residual stream for SAE features to lie in. Use a model with norms before."
+        )
     return _bridge_of(type(model).__name__, model.config)
 
 

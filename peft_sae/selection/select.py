@@ -94,7 +94,9 @@ def _select(
             f"({sae.d_sae},), is needed. Mend the selector."
         )
     if not bool(torch.isfinite(scores).all()):
-        raise SelectionError(f"Selector {selector.name!r} returned NaN or infinity for {sae.name!r}. Mend the selector.")
+        raise SelectionError(
+            f"Selector {selector.name!r} returned NaN or infinity for {sae.name!r}. Mend the selector."
+        )
     live = (aligned.fired + unaligned.fired) > 0
     found = int(live.sum())
     if found < top_k:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,17 +43,16 @@ class Capture:
         """
         self._found.clear()
         device = self._model.get_input_embeddings().weight.device
-        try:
+        with suppress(_DeepestReached):
             self._model(input_ids=ids.to(device), attention_mask=attention.to(device), use_cache=False)
-        except _DeepestReached:
-            pass
         missing = [tap for index, tap in enumerate(self._taps) if index not in self._found]
         if missing:
             raise MismatchError(
                 f"The forward pass of {type(self._model).__name__} does not go through {missing[0].module!r}, so the "
                 f"activations at {missing[0].site} are not to be had. Choose other SAEs."
             )
-        return [self._found[index] for index in range(len(self._taps))]
+        # OPT's blocks flatten batch and length between the attention and the end.
+        return [self._found[index].reshape(*ids.shape, -1) for index in range(len(self._taps))]
 
     def keep(self, index: int, activations: torch.Tensor) -> None:
         """Store one site's activations, and end the forward pass when all are there."""

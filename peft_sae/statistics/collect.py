@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError, DataError
-from ..sae.load import SaeHandle
+from ..sae.load import SaeHandle, check_distinct
 from ..sae.placement import check_placement
 from .capture import Capture, capturing
 from .data import Batch, Data, Example, ExampleReader, TokenChoice, iterate_batches, iterate_records
@@ -39,8 +39,8 @@ def collect_statistics(
     """Run a model over labelled texts and sum up what every SAE feature does on each label.
 
     Each text goes through the model once, up to the deepest SAE and no further. Nothing is kept per
-    token, so memory does not grow with the data. Padding and BOS do not count. The model is left as it
-    was found.
+    token, so memory does not grow with the data. Padding, BOS and what else the tokenizer adds around a
+    text do not count. The model is left as it was found.
 
     Args:
         model: the plain Hugging Face model, on any device, in any dtype.
@@ -64,13 +64,14 @@ def collect_statistics(
         MismatchError: an SAE does not belong to the model.
         ConfigError: an argument is out of range.
     """
-    if not isinstance(data, Mapping) or not data:
+    if not isinstance(data, Mapping) or not data or not all(isinstance(label, str) for label in data):
         raise ConfigError(
             f"data is {type(data).__name__}, and a mapping from label to data set is needed, for example "
             "{'aligned': ..., 'unaligned': ...}."
         )
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} processes nothing. Use 1 or more.")
+    check_distinct(saes)
     taps = check_placement(model, saes)
     limit = _context_length(model, max_length)
     prepend_bos = any(handle.prepend_bos for handle in saes)
@@ -89,7 +90,9 @@ def collect_statistics(
             moments[label] = sums.finish(label, tokens)
             examples[label], truncated[label] = sums.examples, reader.truncated
             if reader.truncated:
-                logger.warning("%d of %d %s texts were cut at %d tokens.", reader.truncated, sums.examples, label, limit)
+                logger.warning(
+                    "%d of %d %s texts were cut at %d tokens.", reader.truncated, sums.examples, label, limit
+                )
     settings = {
         "model": _model_description(model),
         "tokens": tokens,
@@ -117,7 +120,7 @@ class _Sums:
             chosen = activations[batch.counted.to(activations.device)]
             handle = self._saes[index]
             chunk = max(1, _CHUNK_ELEMENTS // handle.identity.d_sae)
-            for part in chosen.split(chunk):
+            for part in torch.split(chosen, chunk):
                 added = FeatureMoments.of(handle.encode(part))
                 if not bool(torch.isfinite(added.total_squares).all()) or not bool(torch.isfinite(part).all()):
                     raise DataError(
@@ -133,8 +136,8 @@ class _Sums:
             raise DataError(f"The {label} data set is empty, so it cannot be compared. Give at least one text.")
         if self._moments[0].count == 0:
             raise DataError(
-                f"None of the {self.examples} {label} texts has a token that counts (tokens={tokens!r}; BOS and padding "
-                "never do). Give longer texts or another choice of tokens."
+                f"None of the {self.examples} {label} texts has a token that counts (tokens={tokens!r}; BOS and "
+                "padding never do). Give longer texts or another choice of tokens."
             )
         return tuple(self._moments)
 
@@ -145,7 +148,7 @@ def _read(records: Data, label: str, reader: ExampleReader) -> Iterator[Example]
 
 
 def _length(records: Data) -> int | None:
-    return len(records) if hasattr(records, "__len__") and not isinstance(records, str) else None
+    return len(records) if isinstance(records, Sized) and not isinstance(records, str) else None
 
 
 def _context_length(model: PreTrainedModel, max_length: int | None) -> int:

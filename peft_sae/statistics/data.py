@@ -101,10 +101,17 @@ class ExampleReader:
         if not text.strip():
             raise DataError(f"Example {number} is empty, so it has no activations. Remove it from the data.")
         encoding = self._tokenizer(
-            text, add_special_tokens=not templated, return_offsets_mapping=True, verbose=False
+            text,
+            add_special_tokens=not templated,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            verbose=False,
         )
         ids = list(encoding["input_ids"])
-        counted = [self._counts(start, end, spans) for start, end in encoding["offset_mapping"]]
+        counted = [
+            not added and self._counts(start, end, spans)
+            for added, (start, end) in zip(encoding["special_tokens_mask"], encoding["offset_mapping"], strict=True)
+        ]
         if self._prepend_bos and (not ids or ids[0] != self._tokenizer.bos_token_id):
             ids, counted = [self._tokenizer.bos_token_id, *ids], [False, *counted]
         ignored = {self._tokenizer.bos_token_id, self._tokenizer.pad_token_id}
@@ -124,20 +131,14 @@ class ExampleReader:
         in_response = any(start < span_end and end > span_start for span_start, span_end in spans)
         return in_response == (self._tokens == "response")
 
-    def _render(
-        self, record: str | Mapping[str, Any], number: int
-    ) -> tuple[str, list[tuple[int, int]] | None, bool]:
+    def _render(self, record: str | Mapping[str, Any], number: int) -> tuple[str, list[tuple[int, int]] | None, bool]:
         """The text, the character spans of the response if they matter, and whether it is templated."""
         if isinstance(record, str):
             text: str = record
         elif isinstance(record, Mapping) and "messages" in record:
-            return self._render_messages(list(record["messages"]), number)
+            return self._render_messages(record["messages"], number)
         elif isinstance(record, Mapping) and "prompt" in record and "completion" in record:
-            prompt, completion = record["prompt"], record["completion"]
-            if not isinstance(prompt, str):
-                return self._render_messages([*prompt, *completion], number)
-            spans = None if self._tokens == "all" else [(len(prompt), len(prompt) + len(completion))]
-            return prompt + completion, spans, False
+            return self._render_pair(record["prompt"], record["completion"], number)
         elif isinstance(record, Mapping) and isinstance(record.get("text"), str):
             text = record["text"]
         else:
@@ -153,37 +154,64 @@ class ExampleReader:
             )
         return text, None, False
 
-    def _render_messages(
-        self, messages: list[dict[str, Any]], number: int
-    ) -> tuple[str, list[tuple[int, int]] | None, bool]:
+    def _render_pair(self, prompt: Any, completion: Any, number: int) -> tuple[str, list[tuple[int, int]] | None, bool]:
+        if isinstance(prompt, str) and isinstance(completion, str):
+            spans = None if self._tokens == "all" else [(len(prompt), len(prompt) + len(completion))]
+            return prompt + completion, spans, False
+        if isinstance(prompt, list) and isinstance(completion, list):
+            return self._render_messages([*prompt, *completion], number)
+        raise DataError(
+            f"Example {number} has a prompt of type {type(prompt).__name__} and a completion of type "
+            f"{type(completion).__name__}, which cannot be joined. Give two strings or two lists of messages."
+        )
+
+    def _render_messages(self, messages: Any, number: int) -> tuple[str, list[tuple[int, int]] | None, bool]:
+        if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+            raise DataError(
+                f"Example {number} has malformed messages. Give a list of mappings with 'role' and 'content'."
+            )
         if not self._tokenizer.chat_template:
             raise DataError(
                 f"Example {number} is a conversation, and the tokenizer has no chat template to render it. Set "
                 "`tokenizer.chat_template`, use the tokenizer of the chat model, or give 'prompt' and 'completion'."
             )
-        text = self._template(messages, False)
+        text = self._template(messages, False, number)
         if self._tokens == "all":
             return text, None, True
         spans = []
         for index, message in enumerate(messages):
             if message.get("role") != "assistant":
                 continue
-            before, through = self._template(messages[:index], True), self._template(messages[: index + 1], False)
+            before, through = (
+                self._template(messages[:index], True, number),
+                self._template(messages[: index + 1], False, number),
+            )
             if not (text.startswith(before) and text.startswith(through)):
                 raise DataError(
                     f"Example {number}: the chat template changes earlier turns when later ones are added, so the "
-                    f"assistant's tokens cannot be found. Use tokens='all'."
+                    "assistant's tokens cannot be found. Use tokens='all'."
                 )
             spans.append((len(before), len(through)))
         return text, spans, True
 
-    def _template(self, messages: list[dict[str, Any]], generation_prompt: bool) -> str:
+    def _template(self, messages: list[Mapping[str, Any]], generation_prompt: bool, number: int) -> str:
+        from jinja2 import TemplateError
+
         if not messages:
             return ""
-        rendered = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt
-        )
+        try:
+            rendered = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except TemplateError as error:
+            raise DataError(
+                f"Example {number} does not suit the tokenizer's chat template ({error}). Mend the conversation."
+            ) from error
         return str(rendered)
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, Mapping) and "role" in message and "content" in message
 
 
 def iterate_records(data: Data, label: str) -> Iterator[str | Mapping[str, Any]]:
@@ -192,6 +220,11 @@ def iterate_records(data: Data, label: str) -> Iterator[str | Mapping[str, Any]]
     Raises:
         DataError: the file is missing or a line of it is not JSON.
     """
+    if isinstance(data, Mapping):
+        raise DataError(
+            f"The {label} data is a mapping with the keys {list(data)[:5]}, and a sequence of records is needed. Give "
+            "one of its splits, or a list."
+        )
     if not isinstance(data, (str, Path)):
         yield from data
         return
@@ -199,14 +232,21 @@ def iterate_records(data: Data, label: str) -> Iterator[str | Mapping[str, Any]]
         with Path(data).open(encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield json.loads(line)
+                    yield _parse_line(line, number, data)
     except OSError as error:
         raise DataError(
             f"The {label} data {str(data)!r} cannot be opened ({error.strerror}). Give the path of a JSONL file, a "
             "list, or a datasets.Dataset."
         ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"'{data}' is not UTF-8 text ({error}). Convert the file.") from error
+
+
+def _parse_line(line: str, number: int, file: str | Path) -> Any:
+    try:
+        return json.loads(line)
     except ValueError as error:
-        raise DataError(f"Line {number} of '{data}' is not JSON ({error}). Mend the line.") from error
+        raise DataError(f"Line {number} of '{file}' is not JSON ({error}). Mend the line.") from error
 
 
 def iterate_batches(

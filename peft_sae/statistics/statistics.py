@@ -160,7 +160,7 @@ class FeatureStatistics:
             raise ArtifactError(
                 f"'{folder / _JSON_FILE}' is malformed ({error!r}). Collect the statistics again."
             ) from error
-        if any(len(counts[label]) != len(saes) or min(counts[label], default=0) < 0 for label in labels):
+        if any(len(counts[label]) != len(saes) or min(counts[label], default=0) < 1 for label in labels):
             raise ArtifactError(f"'{folder / _JSON_FILE}' gives impossible counts. Collect the statistics again.")
         expected = {
             f"{number}.{index}.{name}": ((sae.d_sae,), dtype)

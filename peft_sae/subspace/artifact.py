@@ -119,12 +119,14 @@ class Subspace:
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             if isinstance(error, ArtifactError):
                 raise
-            raise ArtifactError(f"'{folder / JSON_FILE}' is malformed ({error!r}). Build the Subspace again.") from error
+            raise ArtifactError(
+                f"'{folder / JSON_FILE}' is malformed ({error!r}). Build the Subspace again."
+            ) from error
         if subspace.digest != description.get("digest"):
             raise ArtifactError(
                 f"The content of '{folder}' has the digest {subspace.digest[:12]}..., and "
-                f"{str(description.get('digest'))[:12]}... was written with it: a file was changed or mixed up. Copy or "
-                "build the Subspace again."
+                f"{str(description.get('digest'))[:12]}... was written with it: a file was changed or mixed up. Copy "
+                "or build the Subspace again."
             )
         return subspace
 
@@ -176,7 +178,9 @@ def _from_description(description: Mapping[str, Any], tensor_file: Path) -> Subs
         sae = SaeIdentity.from_dict(entry["sae"])
         rank, features = int(entry["rank"]), int(entry["features"])
         if not (1 <= rank <= sae.d_in <= _MAX_WIDTH and 1 <= features <= min(sae.d_sae, _MAX_FEATURES)):
-            raise ArtifactError(f"Site {index} has impossible sizes (rank {rank}, {features} features). Build it again.")
+            raise ArtifactError(
+                f"Site {index} has impossible sizes (rank {rank}, {features} features). Build it again."
+            )
         if len(entry["tokens"]) != features:
             raise ArtifactError(f"Site {index} has tokens for {len(entry['tokens'])} of {features} features.")
         identities.append((sae, tuple(tuple(str(token) for token in tokens) for tokens in entry["tokens"])))
@@ -186,9 +190,7 @@ def _from_description(description: Mapping[str, Any], tensor_file: Path) -> Subs
         raise ArtifactError("The Subspace has no sites, so no module could get a basis. Build it again.")
     tensors = read_tensors(tensor_file, expected)
     sites = tuple(
-        SubspaceSite(
-            sae=sae, tokens=tokens, **{name: tensors[f"{index}.{name}"] for name in _site_tensors(1, 1, 1)}
-        )
+        SubspaceSite(sae=sae, tokens=tokens, **{name: tensors[f"{index}.{name}"] for name in _site_tensors(1, 1, 1)})
         for index, (sae, tokens) in enumerate(identities)
     )
     return Subspace(
@@ -219,7 +221,9 @@ def _download(repository: str) -> Path:
 
     try:
         snapshot = Path(
-            snapshot_download(repository, allow_patterns=[JSON_FILE, TENSOR_FILE, f"subspace/{JSON_FILE}", f"subspace/{TENSOR_FILE}"])
+            snapshot_download(
+                repository, allow_patterns=[JSON_FILE, TENSOR_FILE, f"subspace/{JSON_FILE}", f"subspace/{TENSOR_FILE}"]
+            )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ArtifactError(

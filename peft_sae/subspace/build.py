@@ -102,8 +102,8 @@ def subspace_from_selection(
         handle = by_digest.get(chosen.sae.digest)
         if handle is None:
             raise MismatchError(
-                f"The selection was made with SAE {chosen.sae.name!r} (digest {chosen.sae.digest[:12]}...), which is not "
-                f"among the given ones {[other.identity.name for other in saes]}. Give the same SAEs."
+                f"The selection was made with SAE {chosen.sae.name!r} (digest {chosen.sae.digest[:12]}...), which is "
+                f"not among the given ones {[other.identity.name for other in saes]}. Give the same SAEs."
             )
         sites.append(_build_site(chosen, handle, model, tokenizer, variance))
     statistics = dict(selection.settings["statistics"])
@@ -153,6 +153,8 @@ def _promoted_tokens(
     if tokenizer is None or unembedding is None or kind == "z" or unembedding.weight.is_meta:
         return ((),) * directions.shape[0]
     weight = unembedding.weight
+    if weight.shape[-1] != directions.shape[-1]:  # quantised, or behind a projection
+        return ((),) * directions.shape[0]
     logits = directions.to(device=weight.device, dtype=weight.dtype) @ weight.T
     best = logits.topk(min(_TOKENS_PER_FEATURE, logits.shape[-1]), dim=-1).indices.tolist()
     return tuple(tuple(tokenizer.decode([token]) for token in row) for row in best)

@@ -62,7 +62,7 @@ def unit_rows(directions: torch.Tensor, name: str) -> torch.Tensor:
             f"The chosen features number {dead} of {name!r} have a decoder direction of length zero, so they point "
             "nowhere. Choose other features."
         )
-    return rows / lengths
+    return rows.div(lengths)
 
 
 def principal_basis(directions: torch.Tensor, variance: float) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ from torch import nn
 from ..layout import Side
 
 _TOLERANCE = 1e-6  # a gain or a direction smaller than this, relative to the largest, is zero
+_ILL_CONDITIONED = 1e-3  # below this part of a direction being new, Cholesky QR loses digits
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,8 @@ def measure_norm(norm: nn.Module, width: int) -> NormGain | None:
 
 
 def _odd_response(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    return ((norm(x) - norm(-x)).double() / 2).cpu().flatten()
+    response: torch.Tensor = norm(x) - norm(-x)
+    return (response.double() / 2).cpu().flatten()
 
 
 def through_norm(basis: torch.Tensor, norm: NormGain | None, side: Side) -> torch.Tensor:
@@ -96,6 +98,10 @@ def through_norm(basis: torch.Tensor, norm: NormGain | None, side: Side) -> torc
 def orthonormal_rows(directions: torch.Tensor) -> torch.Tensor:
     """Return orthonormal rows that span the same space, in the same order of importance.
 
+    The result is that of Gram-Schmidt: each row adds to those before it what its direction has left. It is computed by
+    Cholesky QR, twice, which for a few rows of a great width costs two thin products; where directions nearly depend on
+    each other Householder QR takes its place.
+
     Args:
         directions: float64 [rank, width].
 
@@ -104,11 +110,21 @@ def orthonormal_rows(directions: torch.Tensor) -> torch.Tensor:
     """
     lengths = directions.norm(dim=-1, keepdim=True)
     directions = directions[(lengths > 0).flatten()] / lengths[lengths > 0][:, None]
+    rows = directions
+    for _ in range(2):
+        lower, failed = torch.linalg.cholesky_ex(rows @ rows.T)
+        if bool(failed) or bool((torch.diagonal(lower) < _ILL_CONDITIONED).any()):
+            return _householder_rows(directions)
+        rows = torch.linalg.solve_triangular(lower, rows, upper=False)
+    return rows
+
+
+def _householder_rows(directions: torch.Tensor) -> torch.Tensor:
     orthogonal, upper = torch.linalg.qr(directions.T)
     diagonal = torch.diagonal(upper)
-    independent = diagonal.abs() > _TOLERANCE
-    rows = orthogonal.T * torch.where(diagonal < 0, -1.0, 1.0).to(torch.float64)[:, None]
-    return rows[independent]
+    signs = torch.where(diagonal < 0, -1.0, 1.0).to(torch.float64)
+    rows: torch.Tensor = orthogonal.T * signs[:, None]
+    return rows[diagonal.abs() > _TOLERANCE]
 
 
 def fill_rows(rows: torch.Tensor, count: int, *, seed: str) -> torch.Tensor:
@@ -121,8 +137,8 @@ def fill_rows(rows: torch.Tensor, count: int, *, seed: str) -> torch.Tensor:
     """
     number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:7], "big")
     generator = torch.Generator().manual_seed(number)
-    random = torch.randn(count, rows.shape[1], generator=generator, dtype=torch.float64)
+    random = torch.randn(count, rows.shape[1], generator=generator).double()
     # Twice, because the first subtraction leaves rounding errors of the size of its operands.
     for _ in range(2):
-        random = random - (random @ rows.T) @ rows
-    return torch.linalg.qr(random.T)[0].T
+        random = orthonormal_rows(random - (random @ rows.T) @ rows)
+    return random

@@ -53,8 +53,9 @@ class SaeSubspaceConfig(LoraConfig):
         ConfigError: unknown field, value out of range, or a combination that cannot work.
     """
 
-    subspace: str | Subspace | None = field(
-        default=None, metadata={"help": "A Subspace, its folder or its Hub id; without one the adapter starts as plain LoRA."}
+    subspace: str | Path | Subspace | None = field(
+        default=None,
+        metadata={"help": "A Subspace, its folder or its Hub id; without one the adapter starts as plain LoRA."},
     )
     freeze_basis: bool = field(
         default=False, metadata={"help": "Freeze the factor that holds the basis: the update stays in its span."}
@@ -64,13 +65,17 @@ class SaeSubspaceConfig(LoraConfig):
     )
     layer_map: Literal["nearest", "exact"] = field(
         default="nearest",
-        metadata={"help": "'nearest': every module takes the nearest site. 'exact': only blocks with a site of their own."},
+        metadata={
+            "help": "'nearest': every module takes the nearest site. 'exact': only blocks with a site of their own."
+        },
     )
     fill: Literal["orthogonal", "zeros", "error"] = field(
-        default="orthogonal", metadata={"help": "What fills up a basis smaller than r: 'orthogonal', 'zeros' or 'error'."}
+        default="orthogonal",
+        metadata={"help": "What fills up a basis smaller than r: 'orthogonal', 'zeros' or 'error'."},
     )
     sides: dict[str, str] | None = field(
-        default=None, metadata={"help": "Module name (or its end) to 'read', 'write' or 'none', overriding the architecture."}
+        default=None,
+        metadata={"help": "Module name (or its end) to 'read', 'write' or 'none', overriding the architecture."},
     )
     basis_record: dict[str, Any] | None = field(
         default=None, metadata={"help": "What injection recorded; not meant to be set by hand."}
@@ -109,7 +114,8 @@ class SaeSubspaceConfig(LoraConfig):
             )
         if self.layer_replication:
             raise ConfigError(
-                "layer_replication changes which block is which, so the sites of the subspace would be mistaken. Use one "
+                "layer_replication changes which block is which, so the sites of the subspace would be mistaken. Use "
+                "one "
                 "of the two."
             )
 

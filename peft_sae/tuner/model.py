@@ -31,7 +31,8 @@ class SaeSubspaceModel(LoraModel):
         low_cpu_mem_usage: create the adapter on the meta device, for weights that are loaded afterwards.
 
     Raises:
-        ConfigError, MismatchError, ArtifactError: the configuration and the model do not fit; the model is then as before.
+        ConfigError, MismatchError, ArtifactError: the configuration and the model do not fit; the model is then as
+        before.
     """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -72,7 +73,8 @@ class SaeSubspaceModel(LoraModel):
         if config.target_parameters and (config.freeze_basis or config.r == "auto"):
             wish = "freeze_basis=True" if config.freeze_basis else "r='auto'"
             raise ConfigError(
-                f"{wish} needs a basis, and target_parameters={config.target_parameters} get none: they are adapted as plain "
+                f"{wish} needs a basis, and target_parameters={config.target_parameters} get none: they are adapted "
+                "as plain "
                 "LoRA. Use a number for r and freeze_basis=False, or target modules only."
             )
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +13,15 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ArtifactError, ConfigError, MismatchError, MissingSubspaceWarning
-from ..layout import BlockLayout, ModuleRole, Site
+from ..errors import ConfigError, MismatchError
+from ..layout import BlockLayout, ModuleRole
 from ..subspace import Subspace, SubspaceSite
 from .basis import NormGain, fill_rows, measure_norm, orthonormal_rows, through_norm
-from .config import SUBSPACE_FOLDER, SaeSubspaceConfig
+from .config import SaeSubspaceConfig
+from .resolve import resolve_subspace
+from .sites import nearest_site, own_sites, sites_of_role
 
 logger = logging.getLogger(__name__)
-
-_RESIDUAL_KINDS = ("resid_pre", "resid_mid", "resid_post")
-_WRITE_KINDS = (*_RESIDUAL_KINDS, "attn_out", "mlp_out")
 
 
 @dataclass(frozen=True)
@@ -82,57 +80,12 @@ def make_plan(config: SaeSubspaceConfig, model: nn.Module, targets: Iterable[str
     return InjectionPlan(None, {name: _from_record(config, name, record.get(name)) for name in targets})
 
 
-def resolve_subspace(config: SaeSubspaceConfig) -> Subspace | None:
-    """Return the Subspace to initialise from, or None if the weights come from elsewhere.
-
-    An adapter that is loaded to be run needs none. One that is loaded to be trained gets its weights from its
-    file too, but may as well be a template for a new adapter, so its own Subspace is used if it is there.
-
-    Raises:
-        ArtifactError: the Subspace cannot be read.
-        ConfigError: the configuration records another Subspace than it names.
-    """
-    record = config.basis_record
-    if record is not None and (config.inference_mode or record.get("digest") is None):
-        return None
-    if config.subspace is None:
-        if not config.inference_mode:
-            _warn_missing("No subspace is given")
-        return None
-    if isinstance(config.subspace, Subspace):
-        subspace = config.subspace
-    else:
-        try:
-            subspace = Subspace.from_pretrained(config.subspace)
-        except ArtifactError:
-            if record is None:
-                raise
-            _warn_missing(f"The adapter's Subspace is no longer at {config.subspace!r}")
-            return None
-    if record is not None and record["digest"] != subspace.digest:
-        if config.subspace == SUBSPACE_FOLDER:  # a folder of that name that belongs to something else
-            _warn_missing("The adapter's own Subspace is not beside its configuration")
-            return None
-        raise ConfigError(
-            f"The configuration belongs to an adapter built from the Subspace {record['digest'][:12]}..., and the given one "
-            f"is {subspace.digest[:12]}.... To start a new adapter from it, set basis_record=None."
-        )
-    return subspace
-
-
-def _warn_missing(reason: str) -> None:
-    warnings.warn(
-        f"{reason}, so the adapter starts as plain LoRA, without a basis of features. If its weights are loaded "
-        "afterwards, all is well; otherwise set `subspace` to a Subspace or its folder.",
-        MissingSubspaceWarning,
-        stacklevel=2,
-    )
-
-
 def _from_record(config: SaeSubspaceConfig, name: str, entry: Mapping[str, Any] | None) -> ModulePlan:
     rank = _asked_rank(config, name)
     if rank is None:
-        raise ConfigError("r='auto' needs the Subspace that the ranks come from, and it is not there. Give it or a number.")
+        raise ConfigError(
+            "r='auto' needs the Subspace that the ranks come from, and it is not there. Give it or a number."
+        )
     entry = entry or {"side": "none", "hook_name": None, "basis": 0, "filled": 0}
     return ModulePlan(side=entry["side"], rank=rank, **{key: entry[key] for key in ("hook_name", "basis", "filled")})
 
@@ -171,10 +124,12 @@ class _Planner:
         sites = [site.sae.hook_name for site in self._subspace.sites]
         if not plans or self._config.layers_to_transform is not None:
             raise MismatchError(
-                f"layer_map='exact', and the target {alone[0]!r} has no SAE in its own block: the Subspace has {sites}. Use "
-                "layer_map='nearest', or target only blocks with an SAE."
+                f"layer_map='exact', and the target {alone[0]!r} has no SAE in its own block: the Subspace has "
+                f"{sites}. Use layer_map='nearest', or target only blocks with an SAE."
             )
-        logger.info("layer_map='exact' leaves %d modules alone whose blocks have no SAE (%s ...).", len(alone), alone[0])
+        logger.info(
+            "layer_map='exact' leaves %d modules alone whose blocks have no SAE (%s ...).", len(alone), alone[0]
+        )
 
     def _plan_module(self, name: str, module: nn.Module) -> ModulePlan | None:
         if isinstance(module, BaseTunerLayer):
@@ -188,22 +143,23 @@ class _Planner:
         norm_name = None
         if self._config.norm_gain and role.norm is not None and place is not None:
             norm_name = f"{place[0]}.{role.norm}" if place[0] else role.norm
-        rows = self._module_rows(site, role, norm_name)
         width = _width(module, role.side)
-        if width is not None and width != rows.shape[1]:
+        if width is not None and width != site.sae.d_in:
             raise MismatchError(
                 f"Target {name!r} is {width} wide on its {role.side} side, and the basis at {site.sae.hook_name} is "
-                f"{rows.shape[1]} wide. Use a Subspace of this model, or set sides={{{name!r}: 'none'}}."
+                f"{site.sae.d_in} wide. Use a Subspace of this model, or set sides={{{name!r}: 'none'}}."
             )
-        return self._fit_rank(name, role, site, rows)
+        if _is_on_meta(module):  # nothing can be initialised there, so only the sizes matter
+            return self._fit_rank(name, role, site, None)
+        return self._fit_rank(name, role, site, self._module_rows(site, role, norm_name))
 
     def _plain(self, name: str, module: nn.Module) -> ModulePlan:
         """A module that no basis belongs to: plain LoRA."""
         rank = _asked_rank(self._config, name)
         if self._config.freeze_basis:
             raise ConfigError(
-                f"Target {name!r} ({type(module).__name__}) has no basis that freeze_basis=True could freeze. Exclude it with "
-                "exclude_modules, or use freeze_basis=False."
+                f"Target {name!r} ({type(module).__name__}) has no basis that freeze_basis=True could freeze. Exclude "
+                "it with exclude_modules, or use freeze_basis=False."
             )
         if rank is None:
             raise ConfigError(
@@ -217,25 +173,29 @@ class _Planner:
     ) -> tuple[ModuleRole | None, SubspaceSite | None]:
         """The module's role, None for plain LoRA, and its site, None if it is to be left alone."""
         given = self._given_side(name)
-        if given == "none" or not isinstance(module, (nn.Linear, Conv1D)) and not hasattr(module, "in_features"):
+        if given == "none" or (not isinstance(module, (nn.Linear, Conv1D)) and not hasattr(module, "in_features")):
             return None, None
         roles = self._layout.roles.get(place[2], ()) if place is not None else ()
         if given is not None:
             roles = tuple(role for role in roles if role.side == given) or (_default_role(given),)
         if not roles:
             raise ConfigError(
-                f"Target {name!r} is not known to read or to write the residual stream in {self._model_type()}, so its basis "
-                f"has no place. Say which with sides={{{name.split('.')[-1]!r}: 'read'}} ('write', or 'none' for plain LoRA), "
-                "or do not target it."
+                f"Target {name!r} is not known to read or to write the residual stream in {self._model_type()}, so "
+                f"its basis has no place. Say which with sides={{{name.split('.')[-1]!r}: 'read'}} ('write', or 'none' "
+                "for plain LoRA), or do not target it."
             )
         block = place[1] if place is not None else int(self._subspace.model.get("num_hidden_layers", 0))
         for role in roles:
-            candidates = self._candidates(role, block)
+            candidates = sites_of_role(self._subspace.sites, role, block)
+            if candidates and self._config.layer_map == "exact":
+                candidates = own_sites(candidates, role, block)
+                return role, nearest_site(candidates, role, block) if candidates else None
             if candidates:
-                return role, self._choose(role, block, candidates)
+                return role, nearest_site(candidates, role, block)
         kinds = sorted({site.sae.site.kind for site in self._subspace.sites})
         raise MismatchError(
-            f"Target {name!r} can get no basis from SAEs at {kinds} alone: it {roles[0].side}s {roles[0].site}. Target other "
+            f"Target {name!r} can get no basis from SAEs at {kinds} alone: it {roles[0].side}s {roles[0].site}. "
+            "Target other "
             "modules, or build the Subspace from SAEs of the residual stream."
         )
 
@@ -247,39 +207,6 @@ class _Planner:
 
     def _model_type(self) -> str:
         return str(getattr(getattr(self._model, "config", None), "model_type", type(self._model).__name__))
-
-    def _candidates(self, role: ModuleRole, block: int) -> list[SubspaceSite]:
-        """The sites whose directions live where the module reads or writes."""
-        if role.site == "z":  # each block's heads have a space of their own
-            return [site for site in self._subspace.sites if site.sae.site == Site(block, "z")]
-        kinds = _RESIDUAL_KINDS if role.side == "read" else _WRITE_KINDS
-        return [site for site in self._subspace.sites if site.sae.site.kind in kinds]
-
-    def _choose(self, role: ModuleRole, block: int, sites: list[SubspaceSite]) -> SubspaceSite | None:
-        """The nearest site along the residual stream; of two, the one that the module touches.
-
-        A reader touches what is written before it, a writer what is read after it.
-        """
-        if role.site == "z":
-            return sites[0]
-        own = Site(block, role.site).half_steps or 0
-        downstream = 1 if role.side == "write" else -1
-
-        def distance(site: SubspaceSite) -> tuple[int, int]:
-            steps = (site.sae.site.half_steps or 0) - own
-            return abs(steps), 0 if steps * downstream >= 0 else 1
-
-        if self._config.layer_map == "exact":
-            sites = [site for site in sites if self._is_own(site, role, own, block)]
-        return min(sites, key=distance, default=None)
-
-    @staticmethod
-    def _is_own(site: SubspaceSite, role: ModuleRole, own: int, block: int) -> bool:
-        """Whether a site lies in the module's block and the module touches it."""
-        steps = site.sae.site.half_steps or 0
-        if role.side == "read":
-            return 2 * block <= steps <= own
-        return own <= steps <= 2 * block + 2
 
     def _module_rows(self, site: SubspaceSite, role: ModuleRole, norm_name: str | None) -> torch.Tensor:
         key = (site.sae.hook_name, role.side, norm_name)
@@ -299,48 +226,60 @@ class _Planner:
                 norm = self._model.get_submodule(name)
             except AttributeError as error:
                 raise MismatchError(
-                    f"The Subspace expects a norm at {name!r}, and the model has none: it is of another architecture. Use a "
+                    f"The Subspace expects a norm at {name!r}, and the model has none: it is of another architecture. "
+                    "Use a "
                     "Subspace of this model, or norm_gain=False."
                 ) from error
             self._norms[name] = measure_norm(norm, width)
         return self._norms[name]
 
-    def _fit_rank(self, name: str, role: ModuleRole, site: SubspaceSite, rows: torch.Tensor) -> ModulePlan:
+    def _fit_rank(self, name: str, role: ModuleRole, site: SubspaceSite, rows: torch.Tensor | None) -> ModulePlan:
         asked = _asked_rank(self._config, name)
-        found, width = rows.shape
+        found, width = site.basis.shape if rows is None else rows.shape
         rank = found if asked is None else asked
         if rank > width:
             raise ConfigError(
-                f"r={rank} exceeds the {width} dimensions that {name!r} {role.side}s, so no basis has so many directions. Use "
+                f"r={rank} exceeds the {width} dimensions that {name!r} {role.side}s, so no basis has so many "
+                "directions. Use "
                 f"r='auto' or r <= {width}."
             )
         missing = max(0, rank - found)
         if missing:
-            rows = torch.cat([rows, self._fill(name, rank, rows, missing)])
+            self._check_fill(name, rank, found)
+        if missing and rows is not None:
+            rows = torch.cat([rows, self._fill(name, rows, missing)])
         return ModulePlan(
             side=role.side,
             rank=rank,
             hook_name=site.sae.hook_name,
             basis=min(rank, found),
             filled=missing,
-            rows=rows[:rank].float(),
+            rows=None if rows is None else rows[:rank].float(),
         )
 
-    def _fill(self, name: str, rank: int, rows: torch.Tensor, missing: int) -> torch.Tensor:
-        found = rows.shape[0]
-        if self._config.fill == "zeros":
-            return rows.new_zeros(missing, rows.shape[1])
-        if self._config.fill == "error" or self._config.freeze_basis:
+    def _check_fill(self, name: str, rank: int, found: int) -> None:
+        if self._config.fill == "zeros" or (self._config.fill == "orthogonal" and not self._config.freeze_basis):
+            return
+        reason = "fill='error' forbids to make up the others"
+        if self._config.freeze_basis:
             reason = (
                 "with freeze_basis=True the others would be frozen arbitrary directions, outside the features' span"
-                if self._config.freeze_basis
-                else "fill='error' forbids to make up the others"
             )
-            raise ConfigError(
-                f"r={rank} exceeds the {found} directions of the basis of {name!r}, and {reason}. Use r='auto', r <= {found}, "
-                "fill='zeros', or a larger variance or top_k when building the Subspace."
-            )
+        raise ConfigError(
+            f"r={rank} exceeds the {found} directions of the basis of {name!r}, and {reason}. Use r='auto', r <= "
+            f"{found}, "
+            "fill='zeros', or a larger variance or top_k when building the Subspace."
+        )
+
+    def _fill(self, name: str, rows: torch.Tensor, missing: int) -> torch.Tensor:
+        if self._config.fill == "zeros":
+            return rows.new_zeros(missing, rows.shape[1])
         return fill_rows(rows, missing, seed=f"{self._subspace.digest}/{name}")
+
+
+def _is_on_meta(module: nn.Module) -> bool:
+    parameter = next(module.parameters(), None)
+    return parameter is not None and parameter.is_meta
 
 
 def _default_role(side: str) -> ModuleRole:

@@ -24,7 +24,8 @@ def check_peft() -> None:
     ours = version("peft-sae")
     if Version(peft.__version__) < Version(MINIMUM_PEFT):
         raise UnsupportedPeftError(
-            f"peft_sae {ours} needs peft {MINIMUM_PEFT} or newer, and peft {peft.__version__} is installed, so SAE_SUBSPACE "
+            f"peft_sae {ours} needs peft {MINIMUM_PEFT} or newer, and peft {peft.__version__} is installed, so "
+            "SAE_SUBSPACE "
             "cannot be registered. Upgrade with `pip install -U peft`."
         )
     needed = {

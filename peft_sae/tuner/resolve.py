@@ -1,0 +1,57 @@
+"""Finding the Subspace that an adapter is to be initialised from."""
+
+from __future__ import annotations
+
+import warnings
+
+from ..errors import ArtifactError, ConfigError, MissingSubspaceWarning
+from ..subspace import Subspace
+from .config import SUBSPACE_FOLDER, SaeSubspaceConfig
+
+
+def resolve_subspace(config: SaeSubspaceConfig) -> Subspace | None:
+    """Return the Subspace to initialise from, or None if the weights come from elsewhere.
+
+    An adapter that is loaded to be run needs none. One that is loaded to be trained gets its weights from its
+    file too, but may as well be a template for a new adapter, so its own Subspace is used if it is there.
+
+    Raises:
+        ArtifactError: the Subspace cannot be read.
+        ConfigError: the configuration records another Subspace than it names.
+    """
+    record = config.basis_record
+    if record is not None and (config.inference_mode or record.get("digest") is None):
+        return None
+    if config.subspace is None:
+        if not config.inference_mode:
+            _warn_missing("No subspace is given")
+        return None
+    if isinstance(config.subspace, Subspace):
+        subspace = config.subspace
+    else:
+        try:
+            subspace = Subspace.from_pretrained(config.subspace)
+        except ArtifactError:
+            if record is None:
+                raise
+            _warn_missing(f"The adapter's Subspace is no longer at {config.subspace!r}")
+            return None
+    if record is not None and record["digest"] != subspace.digest:
+        if config.subspace == SUBSPACE_FOLDER:  # a folder of that name that belongs to something else
+            _warn_missing("The adapter's own Subspace is not beside its configuration")
+            return None
+        raise ConfigError(
+            f"The configuration belongs to an adapter built from the Subspace {record['digest'][:12]}..., and the "
+            "given one "
+            f"is {subspace.digest[:12]}.... To start a new adapter from it, set basis_record=None."
+        )
+    return subspace
+
+
+def _warn_missing(reason: str) -> None:
+    warnings.warn(
+        f"{reason}, so the adapter starts as plain LoRA, without a basis of features. If its weights are loaded "
+        "afterwards, all is well; otherwise set `subspace` to a Subspace or its folder.",
+        MissingSubspaceWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,58 @@
+"""Which site's basis a module gets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..layout import ModuleRole, Site
+from ..subspace import SubspaceSite
+
+_RESIDUAL_KINDS = ("resid_pre", "resid_mid", "resid_post")
+_WRITE_KINDS = (*_RESIDUAL_KINDS, "attn_out", "mlp_out")
+
+
+def sites_of_role(sites: Sequence[SubspaceSite], role: ModuleRole, block: int) -> list[SubspaceSite]:
+    """Return the sites whose directions live in the space where the module reads or writes.
+
+    Args:
+        sites: all sites of the Subspace.
+        role: the module's role.
+        block: index of its block.
+    """
+    if role.site == "z":  # each block's heads have a space of their own
+        return [site for site in sites if site.sae.site == Site(block, "z")]
+    kinds = _RESIDUAL_KINDS if role.side == "read" else _WRITE_KINDS
+    return [site for site in sites if site.sae.site.kind in kinds]
+
+
+def nearest_site(sites: Sequence[SubspaceSite], role: ModuleRole, block: int) -> SubspaceSite:
+    """Return the nearest site along the residual stream; of two as near, the one that the module touches.
+
+    A reader touches what was written before it; a writer touches what is read after it.
+    """
+    own = _half_steps(Site(block, role.site))
+    downstream = 1 if role.side == "write" else -1
+
+    def distance(site: SubspaceSite) -> tuple[int, bool]:
+        steps = _half_steps(site.sae.site) - own
+        return abs(steps), steps * downstream < 0
+
+    return min(sites, key=distance)
+
+
+def own_sites(sites: Sequence[SubspaceSite], role: ModuleRole, block: int) -> list[SubspaceSite]:
+    """Return the sites of the module's own block that the module touches.
+
+    A block's input belongs to the block that reads it: `resid_post` of block 4 is block 5's own for a reading module,
+    and
+    block 4's own for a writing one.
+    """
+    if role.site == "z":
+        return list(sites)
+    own = _half_steps(Site(block, role.site))
+    first, last = (2 * block, own) if role.side == "read" else (own, 2 * block + 2)
+    return [site for site in sites if first <= _half_steps(site.sae.site) <= last]
+
+
+def _half_steps(site: Site) -> int:
+    return site.half_steps or 0

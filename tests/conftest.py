@@ -1,0 +1,36 @@
+"""Fixtures that are built once; nothing is downloaded."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+
+from peft_sae import build_subspace, load_saes
+
+from . import tiny
+
+
+@pytest.fixture(scope="session")
+def llama():
+    return tiny.make_model()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny.make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def saes():
+    hooks = ["blocks.0.hook_resid_post", "blocks.2.hook_resid_pre"]
+    return load_saes([tiny.make_sae(hook, seed=seed) for seed, hook in enumerate(hooks)])
+
+
+@pytest.fixture(scope="session")
+def subspace(llama, tokenizer, saes):
+    return build_subspace(
+        llama, tokenizer, saes=saes, aligned=tiny.ALIGNED, unaligned=tiny.UNALIGNED, top_k=6, progress=False
+    )

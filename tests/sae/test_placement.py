@@ -1,0 +1,300 @@
+"""What is read at a site is compared with hooks on modules that are named here by hand."""
+
+import copy
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, OPTConfig, OPTForCausalLM
+
+from peft_sae import load_saes
+from peft_sae.errors import MismatchError
+from peft_sae.layout import SITE_KINDS, ModuleRole, Site
+from peft_sae.sae.model_names import is_other_model
+from peft_sae.sae.placement import check_placement, find_layout, find_tap
+from peft_sae.statistics.capture import capturing
+from tests.tiny import FAMILIES, WIDTH, make_model, make_sae
+
+BLOCK = 1
+IDS = torch.tensor([[1, 5, 9, 4, 7, 6], [1, 8, 4, 10, 0, 0]])
+ATTENTION = (IDS != 0).long()
+
+# Modules of block 1: attention, its output projection, MLP; the modules whose outputs are what attention and MLP
+# add to the residual stream; where a block has one, the norm that reads resid_mid.
+_LLAMA = ("model.layers.1", "self_attn.o_proj", "self_attn", "mlp", "post_attention_layernorm")
+_GEMMA2 = (
+    "model.layers.1",
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+    "post_feedforward_layernorm",
+    "pre_feedforward_layernorm",
+)
+MODULES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma": _LLAMA,
+    "gemma2": _GEMMA2,
+    "gemma3": _GEMMA2,
+    "phi3": _LLAMA,
+    "gpt2": ("transformer.h.1", "attn.c_proj", "attn", "mlp", "ln_2"),
+    "gpt_neox": ("gpt_neox.layers.1", "attention.dense", "attention", "mlp", None),
+    "opt": ("model.decoder.layers.1", "self_attn.out_proj", "self_attn", "fc2", "final_layer_norm"),
+}
+
+
+def _first(value):
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _expected(model, family):
+    """Activations by kind from `output_hidden_states` and hooks, each [batch, length, width]."""
+    block, projection, attention, mlp, norm = MODULES[family]
+    found, handles = {}, []
+
+    def on_output(kind, name):
+        module = model.get_submodule(f"{block}.{name}")
+        handles.append(module.register_forward_hook(lambda *args: found.update({kind: _first(args[2]).clone()})))
+
+    def on_input(kind, name):
+        module = model.get_submodule(f"{block}.{name}")
+        handles.append(module.register_forward_pre_hook(lambda *args: found.update({kind: args[1][0].clone()})))
+
+    on_input("z", projection)
+    on_output("attn_out", attention)
+    on_output("mlp_out", mlp)
+    if norm is not None:
+        on_input("resid_mid", norm)
+    with torch.no_grad():
+        hidden = model(input_ids=IDS, attention_mask=ATTENTION, output_hidden_states=True).hidden_states
+    for handle in handles:
+        handle.remove()
+    found["resid_pre"], found["resid_post"] = hidden[BLOCK], hidden[BLOCK + 1]
+    return {kind: tensor.reshape(*IDS.shape, -1) for kind, tensor in found.items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_capture_reads_every_site_as_it_is(family):
+    model = make_model(family)
+    expected = _expected(model, family)
+    kinds = [kind for kind in SITE_KINDS if kind in expected]
+    with capturing(model, [find_tap(model, Site(BLOCK, kind)) for kind in kinds]) as capture:
+        found = capture.run(IDS, ATTENTION)
+    for kind, activations in zip(kinds, found, strict=True):
+        torch.testing.assert_close(activations.clone(), expected[kind], rtol=0, atol=1e-6, msg=lambda m: f"{kind}: {m}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sites_add_up_to_the_residual_stream(family):
+    """attn_out and mlp_out are what is added, post-norms included."""
+    model = make_model(family)
+    kinds = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+    with capturing(model, [find_tap(model, Site(BLOCK, kind)) for kind in kinds]) as capture:
+        before, attention, mlp, after = capture.run(IDS, ATTENTION)
+    torch.testing.assert_close(before + attention + mlp, after, rtol=1e-5, atol=1e-4)
+
+
+def test_tap_is_found_in_a_model_without_its_head(llama):
+    tap = find_tap(llama.model, Site(BLOCK, "resid_pre"))
+    assert (tap.module, tap.end) == ("layers.1", "input")
+
+
+def _read(site, norm=None):
+    return (ModuleRole("read", site, norm),)
+
+
+def _out(site, norm=None):
+    return (ModuleRole("write", site, norm), ModuleRole("read", "z"))
+
+
+def _write(norm=None):
+    return (ModuleRole("write", "resid_post", norm),)
+
+
+_QKV = {f"self_attn.{part}_proj": _read("resid_pre", "input_layernorm") for part in "qkv"}
+LAYOUTS = {
+    "llama": (
+        "model.layers",
+        {
+            **_QKV,
+            "self_attn.o_proj": _out("resid_mid"),
+            "mlp.gate_proj": _read("resid_mid", "post_attention_layernorm"),
+            "mlp.up_proj": _read("resid_mid", "post_attention_layernorm"),
+            "mlp.down_proj": _write(),
+        },
+    ),
+    "gemma2": (
+        "model.layers",
+        {
+            **_QKV,
+            "self_attn.o_proj": _out("resid_mid", "post_attention_layernorm"),
+            "mlp.gate_proj": _read("resid_mid", "pre_feedforward_layernorm"),
+            "mlp.up_proj": _read("resid_mid", "pre_feedforward_layernorm"),
+            "mlp.down_proj": _write("post_feedforward_layernorm"),
+        },
+    ),
+    "phi3": (
+        "model.layers",
+        {
+            "self_attn.qkv_proj": _read("resid_pre", "input_layernorm"),
+            "self_attn.o_proj": _out("resid_mid"),
+            "mlp.gate_up_proj": _read("resid_mid", "post_attention_layernorm"),
+            "mlp.down_proj": _write(),
+        },
+    ),
+    "gpt2": (
+        "transformer.h",
+        {
+            "attn.c_attn": _read("resid_pre", "ln_1"),
+            "attn.c_proj": _out("resid_mid"),
+            "mlp.c_fc": _read("resid_mid", "ln_2"),
+            "mlp.c_proj": _write(),
+        },
+    ),
+    "gpt_neox": (
+        "gpt_neox.layers",
+        {
+            "attention.query_key_value": _read("resid_pre", "input_layernorm"),
+            "attention.dense": _out("resid_post"),
+            "mlp.dense_h_to_4h": _read("resid_pre", "post_attention_layernorm"),
+            "mlp.dense_4h_to_h": _write(),
+        },
+    ),
+    "opt": (
+        "model.decoder.layers",
+        {
+            **{f"self_attn.{part}_proj": _read("resid_pre", "self_attn_layer_norm") for part in "qkv"},
+            "self_attn.out_proj": _out("resid_mid"),
+            "fc1": _read("resid_mid", "final_layer_norm"),
+            "fc2": _write(),
+        },
+    ),
+}
+for name in ("mistral", "qwen2", "qwen3", "gemma"):
+    LAYOUTS[name] = LAYOUTS["llama"]
+LAYOUTS["gemma3"] = LAYOUTS["gemma2"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layout_says_what_each_module_reads_and_writes(family):
+    layout = find_layout(make_model(family))
+    blocks, roles = LAYOUTS[family]
+    assert layout.blocks == blocks
+    assert layout.roles == roles
+
+
+def test_sequential_gpt_neox_has_a_middle():
+    config = GPTNeoXConfig(**FAMILIES["gpt_neox"][1], use_parallel_residual=False)
+    model = GPTNeoXForCausalLM(config)
+    assert find_tap(model, Site(1, "resid_mid")).module == "gpt_neox.layers.1.post_attention_layernorm"
+    roles = find_layout(model).roles
+    assert roles["attention.dense"][0].site == roles["mlp.dense_h_to_4h"][0].site == "resid_mid"
+
+
+def test_site_that_an_architecture_lacks_is_an_error_that_lists_the_others():
+    with pytest.raises(
+        MismatchError, match="GPTNeoXForCausalLM has no hook point resid_mid.*'resid_pre', 'resid_post'"
+    ):
+        find_tap(make_model("gpt_neox"), Site(1, "resid_mid"))
+
+
+def test_norms_after_the_sums_are_refused():
+    model = OPTForCausalLM(OPTConfig(**FAMILIES["opt"][1], do_layer_norm_before=False))
+    with pytest.raises(MismatchError, match="do_layer_norm_before=False.*no residual stream"):
+        find_tap(model, Site(1, "resid_pre"))
+    with pytest.raises(MismatchError, match="no residual stream"):
+        find_layout(model)
+
+
+def test_architecture_that_transformer_lens_does_not_know_is_an_error():
+    class FantasyForCausalLM(torch.nn.Module):
+        def __init__(self, config):
+            super().__init__()
+            self.config = config
+
+    config = copy.deepcopy(make_model().config)
+    config.model_type, config.architectures = "fantasy", None
+    with pytest.raises(MismatchError, match="does not know the architecture FantasyForCausalLM"):
+        find_layout(FantasyForCausalLM(config))
+
+
+@pytest.mark.parametrize(
+    ("sae", "message"),
+    [
+        (lambda: make_sae(width=16), "takes activations of width 16, and LlamaForCausalLM has width 32"),
+        (lambda: make_sae("blocks.1.attn.hook_z", width=16), "width 16, .* width 32 at blocks.1.attn.hook_z"),
+        (
+            lambda: make_sae("blocks.3.hook_resid_pre"),
+            r"block 3 does not exist: LlamaForCausalLM has 3 blocks \(0 to 2\)",
+        ),
+        (lambda: make_sae(model_name="gemma-2-2b"), "trained on 'gemma-2-2b', and the model is .*(llama)"),
+    ],
+)
+def test_saes_that_do_not_belong_to_the_model_are_refused(llama, sae, message):
+    with pytest.raises(MismatchError, match=message):
+        check_placement(llama, load_saes(sae()))
+
+
+def test_width_of_the_heads_outputs_need_not_be_the_residual_width():
+    model = make_model("qwen3")
+    assert model.config.head_dim * model.config.num_attention_heads == WIDTH
+    config = copy.deepcopy(model.config)
+    config.head_dim = 16
+    wide = type(model)(config)
+    (tap,) = check_placement(wide, load_saes(make_sae("blocks.1.attn.hook_z", width=64)))
+    assert tap.module == "model.layers.1.self_attn.o_proj"
+    assert "self_attn.q_proj" in find_layout(wide).roles
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "model_type", "name"),
+    [
+        ("gpt2-small", "gpt2", "openai-community/gpt2"),
+        ("pythia-70m-deduped", "gpt_neox", "EleutherAI/pythia-70m-deduped"),
+        ("pythia-70m-deduped", "gpt_neox", "/runs/7/model"),
+        ("gemma-2-2b", "gemma2", "google/gemma-2-2b-it"),
+        ("google/gemma-2-2b", "gemma2", "/data/model"),
+        ("google/gemma-3-1b-pt", "gemma3_text", "google/gemma-3-1b-it"),
+        ("meta-llama/Llama-3.1-8B", "llama", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("meta-llama/Llama-3.1-8B", "llama", "C:\\models\\llama-3-1-8b-4bit"),
+        ("meta-llama/Llama-3.1-8B", "llama", ""),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "llama", "unsloth/DeepSeek-R1-Distill-Llama-8B"),
+        ("mistral-7b", "mistral", "mistralai/Mistral-7B-v0.1"),
+        ("Qwen/Qwen2.5-7B-Instruct", "qwen2", "/data/model"),
+        ("Qwen/Qwen3-30B-A3B-Base", "qwen3_moe", ""),
+        ("microsoft/phi-4", "phi3", "microsoft/phi-4"),
+        ("my-own-model", "llama", "other"),
+    ],
+)
+def test_names_of_the_same_model_raise_no_alarm(trained_on, model_type, name):
+    assert not is_other_model(trained_on, model_type=model_type, name=name)
+
+
+@pytest.mark.parametrize(
+    ("trained_on", "model_type", "name"),
+    [
+        ("gemma-2-2b", "gemma3_text", "google/gemma-3-1b-it"),
+        ("gemma-2b", "gemma2", "google/gemma-2-2b"),
+        ("gemma-2b-it", "llama", "my-it"),
+        ("meta-llama/Llama-3.1-8B", "gemma2", "google/gemma-2-2b"),
+        ("meta-llama/Llama-3.1-8B", "llama", "meta-llama/Meta-Llama-3-8B"),
+        ("mistral-7b", "llama", "meta-llama/Llama-3.1-8B"),
+        ("gpt2-small", "gpt_neox", "EleutherAI/pythia-160m"),
+        ("pythia-160m", "gpt2", "gpt2"),
+        ("Qwen/Qwen2.5-7B-Instruct", "qwen2", "Qwen/Qwen2-7B-Instruct"),
+        ("google/gemma-2-2b", "llama", ""),
+    ],
+)
+def test_names_of_other_models_are_noticed(trained_on, model_type, name):
+    assert is_other_model(trained_on, model_type=model_type, name=name)
+
+
+def test_name_of_the_model_is_read_from_its_config():
+    model, saes = make_model("gemma2"), load_saes(make_sae(model_name="gemma-2-2b"))
+    model.config._name_or_path = "google/gemma-2-2b"
+    assert len(check_placement(model, saes)) == 1
+    model.config._name_or_path = "google/gemma-3-1b"
+    with pytest.raises(
+        MismatchError, match=r"trained on 'gemma-2-2b', and the model is 'google/gemma-3-1b' \(gemma2\)"
+    ):
+        check_placement(model, saes)

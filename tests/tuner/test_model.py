@@ -1,0 +1,615 @@
+"""Injection, and what follows it in an adapter's life."""
+
+import copy
+import re
+import shutil
+from contextlib import contextmanager
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from peft_sae import MissingSubspaceWarning, SaeSubspaceConfig, SaeSubspaceModel
+from peft_sae.errors import ArtifactError, ConfigError, MismatchError
+from tests.tiny import FAMILIES, make_model, make_subspace
+
+IDS = torch.randint(4, 16, (2, 9), generator=torch.Generator().manual_seed(0))
+
+
+def adapt(model, *, subspace=None, **fields) -> PeftModel:
+    fields = {"r": "auto", "target_modules": "all-linear", "task_type": "CAUSAL_LM", **fields}
+    if model.config.model_type == "gpt2":
+        fields["fan_in_fan_out"] = True
+    return get_peft_model(model, SaeSubspaceConfig(subspace=subspace or make_subspace(model), **fields))
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def train(model, steps=3, rate=0.5):
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=rate)
+    for _ in range(steps):
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def base_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The base model's tensors, under their own names, whether it is adapted or not."""
+    return {
+        name.replace("base_model.model.", "").replace(".base_layer", ""): tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if "lora_" not in name
+    }
+
+
+def layers(model):
+    return {name: module for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_step_zero_is_the_base_model_and_base_weights_keep_their_bits(family, freeze):
+    model = make_model(family)
+    before, weights = logits(model), base_weights(model)
+
+    adapted = adapt(model, freeze_basis=freeze)
+    assert torch.equal(logits(adapted), before)
+    train(adapted)
+
+    assert not torch.allclose(logits(adapted), before)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in base_weights(adapted).items())
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted), before)
+    assert torch.equal(logits(adapted.unload()), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_modules_are_on_the_side_that_the_architecture_says(family):
+    adapted = adapt(make_model(family))
+
+    written = {
+        name.split(".", 3)[-1] for name, layer in layers(adapted).items() if not layer.lora_A["default"].weight.any()
+    }
+    read = {
+        name.split(".", 3)[-1] for name, layer in layers(adapted).items() if not layer.lora_B["default"].weight.any()
+    }
+
+    assert not written & read
+    assert {name.split(".")[-1] for name in written} == {
+        "gpt2": {"c_proj"},
+        "gpt_neox": {"dense", "dense_4h_to_h"},
+        "opt": {"out_proj", "fc2"},
+    }.get(family, {"o_proj", "down_proj"})
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_only_the_free_factor_is_trained_when_the_basis_is_frozen(freeze):
+    adapted = adapt(make_model("gemma2"), freeze_basis=freeze)
+    start = {name: parameter.clone() for name, parameter in adapted.named_parameters() if "lora_" in name}
+
+    train(adapted)
+
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            holds_basis = ("lora_A" in name) != bool(re.search("o_proj|down_proj", name))
+            frozen = freeze and holds_basis
+            assert parameter.requires_grad is not frozen, name
+            assert torch.equal(parameter, start[name]) is frozen, name
+
+
+def test_frozen_stays_frozen_when_adapters_are_switched():
+    adapted = adapt(make_model(), freeze_basis=True)
+    adapted.add_adapter("free", SaeSubspaceConfig(subspace=make_subspace(adapted), r=2, target_modules=["q_proj"]))
+    query = adapted.get_base_model().model.layers[0].self_attn.q_proj
+
+    adapted.set_adapter("free")
+    assert query.lora_A["free"].weight.requires_grad
+    adapted.set_adapter("default")
+    assert not query.lora_A["default"].weight.requires_grad
+    assert query.lora_B["default"].weight.requires_grad
+    adapted.set_requires_grad("default")
+    assert not query.lora_A["default"].weight.requires_grad
+
+
+def test_a_name_used_again_after_deletion_is_not_frozen():
+    adapted = adapt(make_model(), freeze_basis=True)
+    free = SaeSubspaceConfig(subspace=make_subspace(adapted), r=2, target_modules=["q_proj"])
+    adapted.add_adapter("other", copy.deepcopy(free))
+    adapted.set_adapter("other")
+    adapted.delete_adapter("default")
+    adapted.add_adapter("default", copy.deepcopy(free))
+    adapted.set_adapter("default")
+
+    assert adapted.get_base_model().model.layers[0].self_attn.q_proj.lora_A["default"].weight.requires_grad
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
+def test_a_frozen_reader_sees_the_basis_and_nothing_orthogonal_to_it(family):
+    """Mathematics at the module's input: along the carried basis the output changes, across it only its scale does."""
+    model = make_model(family)
+    adapted = adapt(model, freeze_basis=True, target_modules=_queries(family))
+    layer = next(layer for name, layer in layers(adapted).items() if ".1." in name)
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    rows, norm = layer.lora_A["default"].weight.detach(), _pre_norm(model, family)
+    x = torch.randn(6, rows.shape[1], generator=torch.Generator().manual_seed(0))
+
+    def seen(stream):
+        with torch.no_grad():
+            unbiased = norm(stream) - norm(torch.zeros_like(stream))
+            return layer.lora_B["default"](layer.lora_A["default"](unbiased))
+
+    gain = norm(torch.eye(rows.shape[1])).detach().diagonal() - norm(torch.zeros(1, rows.shape[1])).detach()[0]
+    across = _across(rows, gain, x, centers=family in ("gpt2", "opt"))
+    scale = (seen(x + across) * seen(x)).sum(-1) / seen(x).square().sum(-1)
+    torch.testing.assert_close(seen(x + across), scale[:, None] * seen(x), rtol=1e-3, atol=1e-4)
+    along = seen(x + 3 * rows[:1])
+    assert (torch.nn.functional.cosine_similarity(along, seen(x)) < 0.999).all()
+
+
+def _queries(family):
+    return {"gpt2": ["c_attn"]}.get(family, ["q_proj"])
+
+
+def _pre_norm(model, family):
+    block = {
+        "gpt2": lambda: model.transformer.h[1].ln_1,
+        "opt": lambda: model.model.decoder.layers[1].self_attn_layer_norm,
+    }
+    return block.get(family, lambda: model.model.layers[1].input_layernorm)()
+
+
+def _across(rows, gain, x, *, centers):
+    """A perturbation of the stream whose image behind the norm is orthogonal to the rows."""
+    step = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    constraints = rows * gain
+    if centers:
+        constraints = torch.cat([constraints - constraints.mean(-1, keepdim=True), torch.ones(1, rows.shape[1])])
+    basis = torch.linalg.qr(constraints.T)[0]
+    return step - (step @ basis) @ basis.T
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "gpt2", "gpt_neox", "opt", "phi3"])
+def test_a_frozen_writer_moves_the_stream_only_inside_the_features_span(family):
+    """Adapter on and off differ only by what the last block's MLP writes."""
+    model = make_model(family)
+    subspace = make_subspace(model, {"blocks.2.hook_resid_post": 3})
+    writer = {"gpt2": "mlp.c_proj", "gpt_neox": "dense_4h_to_h", "opt": "fc2"}.get(family, "down_proj")
+    block = _blocks(model, family)[2]
+    adapted = adapt(model, subspace=subspace, freeze_basis=True, target_modules=[writer], layers_to_transform=[2])
+    for layer in layers(adapted).values():
+        torch.nn.init.normal_(layer.lora_A["default"].weight, std=0.2)
+
+    with recorded(block) as on:
+        logits(adapted)
+    with adapted.disable_adapter(), recorded(block) as off:
+        logits(adapted)
+    change = (on[0] - off[0]).flatten(0, 1)
+    spans = subspace.sites[0].basis.expand(len(change), -1, -1)
+    if family in ("gemma2", "gemma3"):  # a post-norm also rescales what the base model writes
+        with adapted.disable_adapter(), recorded(block.post_feedforward_layernorm) as own:
+            logits(adapted)
+        spans = torch.cat([spans, own[0].flatten(0, 1)[:, None]], dim=1)
+    frames = torch.linalg.qr(spans.transpose(1, 2))[0]
+    inside = (frames @ (frames.transpose(1, 2) @ change[..., None])).squeeze(-1)
+
+    assert change.abs().max() > 1e-2
+    torch.testing.assert_close(inside, change, rtol=0, atol=float(1e-4 * change.abs().max()))
+
+
+def _blocks(model, family):
+    path = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
+    return model.get_submodule(path.get(family, "model.layers"))
+
+
+@contextmanager
+def recorded(module):
+    """Collect the outputs of a module."""
+    outputs = []
+    handle = module.register_forward_hook(
+        lambda _, __, output: outputs.append(output[0] if isinstance(output, tuple) else output)
+    )
+    yield outputs
+    handle.remove()
+
+
+def test_auto_rank_is_each_sites_own_and_is_recorded():
+    model = make_model()
+    subspace = make_subspace(model, {"blocks.0.hook_resid_post": 2, "blocks.1.hook_resid_post": 5})
+
+    adapted = adapt(model, subspace=subspace, target_modules=["q_proj"])
+
+    config = adapted.peft_config["default"]
+    ranks = {name: layer.r["default"] for name, layer in layers(adapted).items()}
+    assert list(ranks.values()) == [2, 2, 5]  # a block reads what the one before it has left
+    assert config.r == 5
+    assert {name: entry["basis"] for name, entry in config.basis_record["modules"].items()} == ranks
+
+
+def test_the_basis_is_cut_in_order_of_importance_where_r_is_smaller():
+    model = make_model()
+    subspace = make_subspace(model, {"blocks.0.hook_resid_post": 6})
+
+    adapted = adapt(model, subspace=subspace, r=2, norm_gain=False, target_modules=["q_proj"])
+
+    for layer in layers(adapted).values():
+        torch.testing.assert_close(layer.lora_A["default"].weight, subspace.sites[0].basis[:2])
+
+
+def test_norm_gain_carries_the_basis_through_the_norm():
+    model = make_model("gemma2")
+    subspace = make_subspace(model)
+    gain = 1 + model.model.layers[1].input_layernorm.weight.detach()
+    post_gain = 1 + model.model.layers[1].post_attention_layernorm.weight.detach()
+
+    adapted = adapt(model, subspace=subspace, target_modules=["q_proj", "o_proj"])
+
+    attention = adapted.get_base_model().model.layers[1].self_attn
+    for found, expected in [
+        (attention.q_proj.lora_A["default"].weight, subspace.sites[0].basis * gain),
+        (attention.o_proj.lora_B["default"].weight.T, subspace.sites[0].basis / post_gain),
+    ]:
+        torch.testing.assert_close(found @ found.T, torch.eye(4), rtol=0, atol=1e-5)
+        torch.testing.assert_close((expected @ found.T) @ found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("fill", "filled_norm"), [("orthogonal", 1.0), ("zeros", 0.0)])
+def test_directions_beyond_the_basis_are_filled_and_recorded(fill, filled_norm):
+    adapted = adapt(make_model(), r=6, fill=fill, target_modules=["q_proj", "o_proj"])
+
+    for name, layer in layers(adapted).items():
+        factor = layer.lora_A["default"].weight if "q_proj" in name else layer.lora_B["default"].weight.T
+        torch.testing.assert_close(factor[4:].norm(dim=1), torch.full((2,), filled_norm))
+        torch.testing.assert_close(factor[:4] @ factor[4:].T, torch.zeros(4, 2), rtol=0, atol=1e-6)
+        entry = adapted.peft_config["default"].basis_record["modules"][name]
+        assert (entry["basis"], entry["filled"]) == (4, 2)
+
+
+def test_exact_layer_map_leaves_other_blocks_alone():
+    model = make_model()
+    subspace = make_subspace(model, {"blocks.0.hook_resid_post": 2})
+
+    adapted = adapt(model, subspace=subspace, layer_map="exact")
+
+    assert set(layers(adapted)) == {
+        *(f"model.layers.0.{path}" for path in ("self_attn.o_proj", "mlp.down_proj")),
+        *(f"model.layers.1.{path}" for path in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        *(f"model.layers.1.mlp.{path}" for path in ("gate_proj", "up_proj")),
+    }
+
+
+def test_exact_layer_map_loads_as_it_was(tmp_path):
+    subspace = make_subspace(make_model(), {"blocks.0.hook_resid_post": 2})
+    adapted = adapt(make_model(), subspace=subspace, layer_map="exact", target_modules=["q_proj"])
+    train(adapted)
+    adapted.save_pretrained(tmp_path)
+
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path)
+
+    assert set(layers(loaded)) == set(layers(adapted))
+    assert torch.equal(logits(loaded), logits(adapted))
+
+
+def test_an_sae_on_the_heads_gives_the_output_projection_a_read_basis():
+    model = make_model()
+    subspace = make_subspace(model, {"blocks.1.attn.hook_z": 3})
+
+    adapted = adapt(model, subspace=subspace, target_modules=["o_proj"], layers_to_transform=[1])
+
+    (layer,) = layers(adapted).values()
+    torch.testing.assert_close(layer.lora_A["default"].weight, subspace.sites[0].basis, rtol=1e-5, atol=1e-6)
+
+
+def test_sides_override_the_architecture():
+    adapted = adapt(
+        make_model(), r=3, target_modules=["q_proj", "v_proj", "lm_head"], sides={"v_proj": "none", "lm_head": "read"}
+    )
+
+    record = adapted.peft_config["default"].basis_record["modules"]
+    assert {name.split(".")[-1]: entry["side"] for name, entry in record.items()} == {
+        "q_proj": "read",
+        "v_proj": "none",
+        "lm_head": "read",
+    }
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saved_adapters_load_where_the_subspace_has_gone(tmp_path, family):
+    model = make_model(family)
+    make_subspace(model).save_pretrained(tmp_path / "source")
+    adapted = adapt(model, subspace=str(tmp_path / "source"), freeze_basis=True)
+    train(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "source")
+    shutil.move(tmp_path / "adapter", tmp_path / "moved")
+
+    loaded = PeftModel.from_pretrained(make_model(family), tmp_path / "moved")
+    assert torch.equal(logits(loaded), logits(adapted))
+
+    shutil.rmtree(tmp_path / "moved" / "subspace")
+    bare = PeftModel.from_pretrained(make_model(family), tmp_path / "moved")
+    assert torch.equal(logits(bare), logits(adapted))
+
+
+def test_training_goes_on_after_loading_with_the_same_factors_frozen(tmp_path):
+    adapted = adapt(make_model(), freeze_basis=True)
+    train(adapted)
+    adapted.save_pretrained(tmp_path)
+
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
+
+    assert torch.equal(logits(loaded), logits(adapted))
+    expected = {name: parameter.requires_grad for name, parameter in adapted.named_parameters()}
+    assert {name: parameter.requires_grad for name, parameter in loaded.named_parameters()} == expected
+    train(loaded)
+    train(adapted)
+    torch.testing.assert_close(logits(loaded), logits(adapted))
+
+
+def test_loading_for_training_without_the_subspace_warns_and_still_freezes(tmp_path):
+    adapted = adapt(make_model(), freeze_basis=True)
+    adapted.save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "subspace")
+
+    with pytest.warns(MissingSubspaceWarning, match="no longer at 'subspace'"):
+        loaded = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
+
+    assert torch.equal(logits(loaded), logits(adapted))
+    query = loaded.get_base_model().model.layers[0].self_attn.q_proj
+    assert not query.lora_A["default"].weight.requires_grad
+
+
+def test_saving_a_loaded_adapter_carries_the_subspace_on(tmp_path):
+    adapted = adapt(make_model())
+    adapted.save_pretrained(tmp_path / "first")
+
+    PeftModel.from_pretrained(make_model(), tmp_path / "first").save_pretrained(tmp_path / "second")
+    shutil.rmtree(tmp_path / "first")
+
+    config = SaeSubspaceConfig.from_pretrained(str(tmp_path / "second"))
+    from peft_sae import Subspace
+
+    assert Subspace.from_pretrained(config.subspace).digest == adapted.peft_config["default"].basis_record["digest"]
+    assert Subspace.from_pretrained(tmp_path / "second").digest == Subspace.from_pretrained(config.subspace).digest
+
+
+def test_a_saved_config_is_a_template_for_a_new_adapter(tmp_path):
+    first = adapt(make_model(), freeze_basis=True)
+    train(first)
+    first.save_pretrained(tmp_path)
+
+    config = SaeSubspaceConfig.from_pretrained(str(tmp_path))
+    config.inference_mode = False
+    second = get_peft_model(make_model(), config)
+
+    for name, layer in layers(second).items():
+        fresh = layers(adapt(make_model()))[name]
+        assert torch.equal(layer.lora_A["default"].weight, fresh.lora_A["default"].weight)
+        assert torch.equal(layer.lora_B["default"].weight, fresh.lora_B["default"].weight)
+        break
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merging_and_unmerging(family):
+    adapted = adapt(make_model(family))
+    train(adapted)
+    trained, weights = logits(adapted), base_weights(adapted)
+
+    adapted.merge_adapter()
+    torch.testing.assert_close(logits(adapted), trained, rtol=1e-4, atol=1e-4)
+    adapted.unmerge_adapter()
+    for name, tensor in base_weights(adapted).items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-5, atol=1e-6)
+    merged = adapted.merge_and_unload(safe_merge=True)
+    torch.testing.assert_close(logits(merged), trained, rtol=1e-4, atol=1e-4)
+    assert not any("lora_" in name for name, _ in merged.named_parameters())
+
+
+def test_adapters_side_by_side_do_not_touch_each_other():
+    model = make_model()
+    first = make_subspace(model, {"blocks.0.hook_resid_post": 3})
+    second = make_subspace(model, {"blocks.2.hook_resid_post": 2}, seed=5)
+    adapted = adapt(model, subspace=first)
+    train(adapted)
+    alone = logits(adapted)
+
+    adapted.add_adapter("second", SaeSubspaceConfig(subspace=second, r=4, target_modules=["q_proj", "down_proj"]))
+    adapted.set_adapter("second")
+    assert torch.equal(logits(adapted), logits(make_model()))
+    train(adapted)
+    adapted.set_adapter("default")
+    assert torch.equal(logits(adapted), alone)
+    adapted.delete_adapter("second")
+    assert torch.equal(logits(adapted), alone)
+
+
+def test_adapters_side_by_side_are_saved_and_loaded(tmp_path):
+    adapted = adapt(make_model())
+    adapted.add_adapter(
+        "second", SaeSubspaceConfig(subspace=make_subspace(adapted, seed=5), r=4, target_modules=["q_proj"])
+    )
+    adapted.save_pretrained(tmp_path)
+
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path)
+    loaded.load_adapter(tmp_path / "second", "second")
+
+    for name in ("default", "second"):
+        loaded.set_adapter(name)
+        adapted.set_adapter(name)
+        assert torch.equal(logits(loaded), logits(adapted))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_basis_of_a_low_precision_model_is_exact(dtype):
+    model = make_model().to(dtype)
+    subspace = make_subspace(model)
+    before = logits(model)
+
+    adapted = adapt(model, subspace=subspace, norm_gain=False, target_modules=["q_proj", "o_proj"])
+
+    for name, layer in layers(adapted).items():
+        factor = layer.lora_A["default"].weight if "q_proj" in name else layer.lora_B["default"].weight.T
+        assert factor.dtype is torch.float32
+        torch.testing.assert_close(factor, subspace.sites[0].basis, rtol=0, atol=1e-6)
+    assert torch.equal(logits(adapted), before)
+
+
+def test_without_a_subspace_it_is_lora_and_says_so():
+    torch.manual_seed(0)
+    with pytest.warns(MissingSubspaceWarning, match="No subspace is given, so the adapter starts as plain LoRA"):
+        ours = get_peft_model(make_model(), SaeSubspaceConfig(r=4, target_modules=["q_proj"]))
+    torch.manual_seed(0)
+    lora = get_peft_model(make_model(), LoraConfig(r=4, target_modules=["q_proj"]))
+
+    for (name, mine), theirs in zip(ours.named_parameters(), lora.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+def test_low_cpu_mem_usage_loads_the_same(tmp_path):
+    adapted = adapt(make_model(), freeze_basis=True)
+    train(adapted)
+    adapted.save_pretrained(tmp_path)
+
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path, low_cpu_mem_usage=True)
+
+    assert torch.equal(logits(loaded), logits(adapted))
+
+
+def test_transformers_own_adapter_calls(tmp_path):
+    model = make_model()
+    before = logits(model)
+    model.add_adapter(SaeSubspaceConfig(subspace=make_subspace(model), r="auto", target_modules=["q_proj"]), "mine")
+    assert torch.equal(logits(model), before)
+    torch.nn.init.normal_(model.model.layers[1].self_attn.q_proj.lora_B["mine"].weight)
+    model.save_pretrained(tmp_path)
+
+    other = make_model()
+    other.load_adapter(str(tmp_path), "mine")
+
+    assert torch.equal(logits(other), logits(model))
+    assert not torch.allclose(logits(other), before)
+    other.delete_adapter("mine")
+
+
+def test_the_class_can_be_used_without_get_peft_model():
+    model = make_model()
+    before = logits(model)
+
+    tuner = SaeSubspaceModel(
+        model, SaeSubspaceConfig(subspace=make_subspace(model), r=3, target_modules=["q_proj"]), "x"
+    )
+
+    assert torch.equal(logits(tuner), before)
+
+
+BAD = [
+    ({"target_modules": ["lm_head"]}, ConfigError, "Target 'lm_head' is not known to read or to write"),
+    ({"target_modules": ["nothing"]}, ValueError, "Target modules .*nothing.* not found in the base model"),
+    ({"r": 33, "target_modules": ["q_proj"]}, ConfigError, "r=33 exceeds the 32 dimensions"),
+    ({"r": 5, "fill": "error"}, ConfigError, "r=5 exceeds the 4 directions .* fill='error' forbids"),
+    ({"r": 5, "freeze_basis": True}, ConfigError, "r=5 exceeds the 4 directions .* outside the features' span"),
+    (
+        {"target_modules": ["embed_tokens"]},
+        ConfigError,
+        r"'model.embed_tokens' \(Embedding\) has no basis, so r='auto'",
+    ),
+    (
+        {"target_modules": ["embed_tokens"], "r": 2, "freeze_basis": True},
+        ConfigError,
+        "no basis that freeze_basis=True",
+    ),
+    (
+        {"layer_map": "exact", "target_modules": ["q_proj"], "layers_to_transform": [0]},
+        MismatchError,
+        "layer_map='exact', and the target 'model.layers.0.self_attn.q_proj' has no SAE in its own block",
+    ),
+    (
+        {"sides": {"q_proj": "write"}, "target_modules": ["k_proj"], "subspace": "no/where"},
+        ArtifactError,
+        "no folder here",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fields", "error", "message"), BAD)
+def test_what_cannot_work_is_refused_and_leaves_the_model_as_it_was(fields, error, message):
+    model = make_model()
+    modules = [name for name, _ in model.named_modules()]
+
+    with pytest.raises(error, match=message):
+        adapt(model, **fields)
+
+    assert [name for name, _ in model.named_modules()] == modules
+
+
+def test_a_subspace_of_another_width_is_refused():
+    other = make_subspace(make_model())
+    narrow = copy.deepcopy(other.sites[0])
+    object.__setattr__(narrow, "sae", type(narrow.sae)("s", "blocks.1.hook_resid_post", 16, 64, None, None, "0" * 64))
+    object.__setattr__(narrow, "basis", narrow.basis[:, :16])
+    object.__setattr__(other, "sites", (narrow,))
+
+    with pytest.raises(MismatchError, match=r"is 32 wide on its read side, and the basis .* is 16 wide"):
+        adapt(make_model(), subspace=other, target_modules=["q_proj"])
+
+
+def test_a_subspace_of_heads_only_cannot_serve_readers_of_the_stream():
+    model = make_model()
+
+    with pytest.raises(MismatchError, match=r"can get no basis from SAEs at \['z'\] alone"):
+        adapt(model, subspace=make_subspace(model, {"blocks.1.attn.hook_z": 3}), target_modules=["q_proj"])
+
+
+def test_another_subspace_in_an_adapters_config_is_refused():
+    model = make_model()
+    adapted = adapt(model)
+    config = adapted.peft_config["default"]
+    config.subspace = make_subspace(model, seed=9)
+
+    with pytest.raises(ConfigError, match="set basis_record=None"):
+        get_peft_model(make_model(), config)
+
+
+@pytest.mark.parametrize(
+    ("config", "share"),
+    [
+        (
+            {
+                "hidden_size": 2304,
+                "num_hidden_layers": 26,
+                "num_attention_heads": 8,
+                "num_key_value_heads": 4,
+                "intermediate_size": 9216,
+            },
+            0.24,
+        ),
+        (
+            {
+                "hidden_size": 3584,
+                "num_hidden_layers": 42,
+                "num_attention_heads": 16,
+                "num_key_value_heads": 8,
+                "intermediate_size": 14336,
+            },
+            0.19,
+        ),
+    ],
+    ids=["gemma-2-2b", "gemma-2-9b"],
+)
+def test_share_of_trainable_parameters_on_the_published_shapes(config, share):
+    """SAILS, arXiv 2512.23260, abstract: 0.24 % of the parameters on Gemma-2-2B and 0.19 % on Gemma-2-9B."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    with torch.device("meta"):
+        model = Gemma2ForCausalLM(Gemma2Config(**config, head_dim=256, vocab_size=256000))
+    layer_count = config["num_hidden_layers"]
+    subspace = make_subspace(model, {f"blocks.{layer_count // 2}.hook_resid_post": 20})
+
+    adapted = adapt(model, subspace=subspace, r=32, target_modules=["q_proj", "v_proj"])
+
+    trained, total = adapted.get_nb_trainable_parameters()
+    assert round(100 * trained / total, 2) == share
