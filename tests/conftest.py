@@ -7,10 +7,14 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
+import torch
 
 from peft_sae import build_subspace, load_saes
 
 from . import tiny
+
+# Models this small spend far more on waking threads than on arithmetic, above all on a busy machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

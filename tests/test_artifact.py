@@ -20,6 +20,12 @@ def _write(folder, text="new"):
         (scratch / "mark.json").write_text(text)
 
 
+def _fail_halfway(folder):
+    with replace_folder(folder, marker="mark.json") as scratch:
+        (scratch / "mark.json").write_text("half")
+        raise RuntimeError("stop")
+
+
 def test_folder_appears_whole_and_readable_like_any_other(tmp_path):
     _write(tmp_path / "deep" / "out")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
@@ -61,9 +67,8 @@ def test_nothing_is_left_after_an_exception(tmp_path, existing):
     if existing:
         _write(tmp_path / "out", "old")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(RuntimeError, match="stop"), replace_folder(tmp_path / "out", marker="mark.json") as scratch:
-        (scratch / "mark.json").write_text("half")
-        raise RuntimeError("stop")
+    with pytest.raises(RuntimeError, match="stop"):
+        _fail_halfway(tmp_path / "out")
     assert sorted(tmp_path.rglob("*")) == before
     if existing:
         assert (tmp_path / "out" / "mark.json").read_text() == "old"
@@ -79,7 +84,7 @@ def test_old_folder_comes_back_when_the_swap_fails(tmp_path, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", fail_to_move_in)
-    with pytest.raises(ArtifactError, match="Cannot write .*disk full"):
+    with pytest.raises(ArtifactError, match=r"Cannot write .*disk full"):
         _write(tmp_path / "out", "new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (tmp_path / "out" / "mark.json").read_text() == "old"
@@ -185,7 +190,7 @@ def test_missing_tensor_file_and_folder_in_its_place_are_artifact_errors(tmp_pat
 
 
 def test_failed_write_is_an_artifact_error(tmp_path):
-    with pytest.raises(ArtifactError, match="Cannot write .*Check the space"):
+    with pytest.raises(ArtifactError, match=r"Cannot write .*Check the space"):
         write_tensors(tmp_path / "missing" / "t", _tensors())
 
 

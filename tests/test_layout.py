@@ -29,7 +29,7 @@ def test_hook_name_gives_block_and_kind(hook_name, block, kind):
 
 @pytest.mark.parametrize("hook_name", ["hook_embed", "blocks.1.ln2.hook_normalized", "blocks.x.hook_resid_pre", ""])
 def test_unsupported_hook_name_is_an_error_that_lists_the_sites(hook_name):
-    with pytest.raises(MismatchError, match=f"Hook point {hook_name!r} is not supported.*resid_pre.*Choose SAEs"):
+    with pytest.raises(MismatchError, match=rf"Hook point {hook_name!r} is not supported.*resid_pre.*Choose SAEs"):
         Site.from_hook_name(hook_name)
 
 
@@ -75,5 +75,5 @@ def test_layout_survives_json():
 def test_malformed_layout_is_an_artifact_error(change):
     data = LAYOUT.to_dict()
     change(data)
-    with pytest.raises(ArtifactError, match="block layout is malformed.*Build the Subspace again"):
+    with pytest.raises(ArtifactError, match=r"block layout is malformed.*Build the Subspace again"):
         BlockLayout.from_dict(data)

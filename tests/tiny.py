@@ -96,7 +96,7 @@ def make_sae(
     kind: str = "standard",
     **metadata,
 ):
-    """A sae-lens SAE of any registered kind with random weights; its decoder rows have different lengths."""
+    """A standard, jumprelu, topk or gated sae-lens SAE with random weights; its decoder rows differ in length."""
     from sae_lens.registry import get_sae_class
     from sae_lens.saes.sae import SAEMetadata
 

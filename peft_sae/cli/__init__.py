@@ -1,1 +1,5 @@
-"""Command line."""
+"""The command line `peft-sae`."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import ArtifactError
 
 CONFIG_FILE = "adapter_config.json"
@@ -41,3 +43,23 @@ def read_adapter_config(adapter: str | Path) -> dict[str, Any]:
             "with safe_serialization=True."
         )
     return dict(config)
+
+
+def read_adapter_weights(adapter: str | Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of an adapter.
+
+    Raises:
+        ArtifactError: the file is damaged, or a tensor holds NaN or infinity.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = Path(adapter) / WEIGHTS_FILE
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"'{path}' cannot be read ({error}); it is damaged or truncated. Save it again.") from error
+    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    if broken:
+        raise ArtifactError(f"'{path}' holds NaN or infinity in {broken[:3]}. The training diverged; train again.")
+    return tensors

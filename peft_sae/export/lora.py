@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
-import torch
 from peft import LoraConfig
 
 from ..artifact import replace_folder, write_json
-from ..errors import ArtifactError, ConfigError
+from ..errors import ConfigError
 from ..tuner import SaeSubspaceConfig
-from .adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
+from .adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, read_adapter_weights
 
 PROVENANCE_FILE = "sae_subspace.json"
 
@@ -39,7 +38,7 @@ def export_lora(adapter: str | Path, output: str | Path) -> Path:
         raise ConfigError(f"'{adapter}' is a plain LoRA adapter already. Use it as it is.")
     if Path(output).resolve() == Path(adapter).resolve():
         raise ConfigError(f"'{output}' is the adapter itself, which would be lost. Give another folder.")
-    tensors = _read_weights(Path(adapter) / WEIGHTS_FILE)
+    tensors = read_adapter_weights(adapter)
     lora_fields = {field.name for field in fields(LoraConfig)}
     own_fields = {field.name for field in fields(SaeSubspaceConfig)} - lora_fields
     plain = {name: value for name, value in config.items() if name not in own_fields}
@@ -51,17 +50,3 @@ def export_lora(adapter: str | Path, output: str | Path) -> Path:
         write_json(folder / CONFIG_FILE, {**plain, "peft_type": "LORA"})
         write_json(folder / PROVENANCE_FILE, provenance)
     return Path(output)
-
-
-def _read_weights(path: Path) -> dict[str, torch.Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors: dict[str, torch.Tensor] = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"'{path}' cannot be read ({error}); it is damaged or truncated. Save it again.") from error
-    broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if broken:
-        raise ArtifactError(f"'{path}' holds NaN or infinity in {broken[:3]}. The training diverged; train again.")
-    return tensors

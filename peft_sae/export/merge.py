@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..artifact import replace_folder
 from ..errors import ArtifactError, ConfigError, MismatchError
-from .adapter import read_adapter_config
+from .adapter import read_adapter_config, read_adapter_weights
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,7 @@ def merge_checkpoint(
     from peft import PeftModel
 
     read_adapter_config(adapter)
+    read_adapter_weights(adapter)  # for its checks, before the model is loaded
     for source in (base, adapter):
         if Path(output).resolve() == Path(source).resolve():
             raise ConfigError(f"'{output}' is also an input, which would be lost. Give another folder.")

@@ -141,7 +141,7 @@ def write_basis(layer: LoraLayer, adapter_name: str, plan: ModulePlan, *, neutra
         return
     basis, other = (factor_a, factor_b) if plan.side == "read" else (factor_b, factor_a)
     basis.copy_(plan.rows if plan.side == "read" else plan.rows.T)
-    if neutral:
+    if neutral and plan.side == "write":  # LoRA itself has zeroed its B
         other.zero_()
 
 

@@ -1,0 +1,159 @@
+"""The commands. What is heavy is imported inside them, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..errors import PeftSaeError
+
+app = typer.Typer(
+    name="peft-sae",
+    help="Fine-tuning with PEFT in a basis of sparse-autoencoder features.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+FAILED = 1  # exit code for an error of this package; 2 is the usage error of the command line itself
+
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 an error that was told, 2 wrong usage."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except PeftSaeError as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}:[/] ", end="")
+        Console(stderr=True).print(str(error), markup=False, highlight=False)
+        sys.exit(FAILED)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the world, the adapter and the results.")] = Path(
+        "outputs/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Seed of the world and of the training.")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Run the whole path on a small world that is made here: no network, no GPU.
+
+    Example: `peft-sae demo --output outputs/demo --seed 1`
+    """
+    from ..demo.run import run_demo
+
+    run_demo(output, seed=seed, progress=not quiet)
+
+
+@app.command()
+def select(
+    model: Annotated[str, typer.Option(help="Folder or Hub id of the base model.")],
+    saes: Annotated[str, typer.Option(help="sae-lens release, or folder of SAEs.")],
+    aligned: Annotated[str, typer.Option(help="JSONL file of texts to move towards.")],
+    unaligned: Annotated[str, typer.Option(help="JSONL file of texts to move away from.")],
+    output: Annotated[Path, typer.Option(help="Folder that the Subspace is written to.")],
+    ids: Annotated[list[str] | None, typer.Option("--id", help="SAE of the release; repeat for more.")] = None,
+    layers: Annotated[list[int] | None, typer.Option("--layer", help="Block, instead of --id; repeat.")] = None,
+    selector: Annotated[str, typer.Option(help="How features are scored.")] = "mean_difference",
+    top_k: Annotated[int, typer.Option(help="Features per SAE.")] = 64,
+    variance: Annotated[float, typer.Option(help="Share of variance that the basis keeps.")] = 0.8,
+    tokens: Annotated[str, typer.Option(help="Tokens that count: all, prompt or response.")] = "all",
+    batch_size: Annotated[int, typer.Option(help="Texts per forward pass.")] = 8,
+    max_length: Annotated[int | None, typer.Option(help="Tokens per text; longer ones are cut.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="dtype to load the model in, for example bfloat16.")] = None,
+    device: Annotated[str, typer.Option(help="Device for model and SAEs.")] = "cpu",
+    statistics: Annotated[Path | None, typer.Option(help="Also write the statistics, to this folder.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Choose SAE features with two sets of text, build their basis, and write both as a Subspace.
+
+    Example: `peft-sae select --model google/gemma-2-2b --saes gemma-scope-2b-pt-res-canonical
+    --id layer_10/width_16k/canonical --aligned good.jsonl --unaligned bad.jsonl --output outputs/subspace`
+    """
+    from ..sae import load_saes
+    from ..selection import select_features
+    from ..statistics import collect_statistics
+    from ..subspace.build import subspace_from_selection
+    from ..training.job import load_model
+    from .tables import print_features
+
+    handles = load_saes(saes, ids=ids or None, layers=layers or None, device=device)
+    base, tokenizer = load_model(model, dtype=dtype)
+    data = {"aligned": aligned, "unaligned": unaligned}
+    collected = collect_statistics(
+        base.to(device),
+        tokenizer,
+        data,
+        handles,
+        tokens=tokens,  # type: ignore[arg-type]  # checked there, with a better message than Typer's
+        batch_size=batch_size,
+        max_length=max_length,
+        progress=not quiet,
+    )
+    if statistics is not None:
+        collected.save_pretrained(statistics)
+    selection = select_features(collected, selector=selector, top_k=top_k)
+    subspace = subspace_from_selection(base, tokenizer, selection, handles, variance=variance)
+    subspace.save_pretrained(output)
+    print_features(subspace)
+    Console().print(f"Subspace written to {output}")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the job; see configs/.")],
+    model: Annotated[str | None, typer.Option(help="Overrides the file's.")] = None,
+    data: Annotated[str | None, typer.Option(help="Overrides the file's.")] = None,
+    subspace: Annotated[str | None, typer.Option(help="Overrides the file's.")] = None,
+    output: Annotated[str | None, typer.Option(help="Overrides the file's.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train an adapter as a YAML file describes.
+
+    Example: `peft-sae train configs/gemma-2-2b.yaml --output outputs/adapter`
+    """
+    from ..training import read_job, run_job
+
+    job = read_job(config, model=model, data=data, subspace=subspace, output=output)
+    Console().print(f"Adapter written to {run_job(job, progress=not quiet)}")
+
+
+@app.command()
+def merge(
+    base: Annotated[str, typer.Argument(help="Folder or Hub id of the base model.")],
+    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the merged checkpoint.")],
+    dtype: Annotated[str | None, typer.Option(help="dtype of the result; by default the base's.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest size of one weights file.")] = "5GB",
+) -> None:
+    """Merge an adapter into its base model and write a plain checkpoint.
+
+    Example: `peft-sae merge google/gemma-2-2b outputs/adapter outputs/merged`
+    """
+    from ..export import merge_checkpoint
+
+    path = merge_checkpoint(base, adapter, output, dtype=dtype, max_shard_size=max_shard_size)
+    Console().print(f"Merged checkpoint written to {path}")
+
+
+@app.command("export-lora")
+def export_lora_command(
+    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the plain LoRA adapter.")],
+) -> None:
+    """Write an adapter as plain LoRA, which PEFT loads without this package.
+
+    Example: `peft-sae export-lora outputs/adapter outputs/lora`
+    """
+    from ..export import export_lora
+
+    Console().print(f"LoRA adapter written to {export_lora(adapter, output)}")

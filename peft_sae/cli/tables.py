@@ -1,0 +1,33 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from ..subspace import Subspace
+
+
+def print_features(subspace: Subspace, *, per_site: int = 8, console: Console | None = None) -> None:
+    """Print the best features of every site with the tokens that they promote.
+
+    Args:
+        subspace: the Subspace.
+        per_site: rows per hook point.
+        console: where to print; by default the terminal.
+    """
+    console = console or Console()
+    for site in subspace.sites:
+        title = f"{site.sae.hook_name}: {len(site.features)} features, basis of rank {site.rank}"
+        table = Table(title=title, title_justify="left")
+        for name, justify in (("feature", "right"), ("score", "right"), ("aligned", "right"), ("unaligned", "right")):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column("promotes")
+        for place in range(min(per_site, len(site.features))):
+            numbers = (site.scores[place], site.aligned_means[place], site.unaligned_means[place])
+            table.add_row(
+                str(int(site.features[place])),
+                *(f"{float(number):.3f}" for number in numbers),
+                " ".join(token.strip() for token in site.tokens[place][:6]),
+            )
+        console.print(table)
