@@ -1,0 +1,124 @@
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from peft_sae import FeatureStatistics, Subspace
+from peft_sae.cli import main
+from tests.tiny import ALIGNED, UNALIGNED, make_model, make_sae, make_tokenizer
+
+COMMANDS = ["demo", "select", "train", "merge", "export-lora"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command in this process; returns its exit code and what it printed."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["peft-sae", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        printed = capsys.readouterr()
+        return code, printed.out, " ".join(printed.err.split())
+
+    return call
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """A folder with a base model, two SAEs and two sets of text, as a user has them."""
+    make_model().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    for block in (0, 2):
+        hook = f"blocks.{block}.hook_resid_post"
+        make_sae(hook, seed=block).save_model(tmp_path / "saes" / hook)
+    for name, records in (("aligned", ALIGNED), ("unaligned", UNALIGNED)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    job = {
+        "model": "base",
+        "data": "aligned.jsonl",
+        "subspace": "subspace",
+        "output": "adapter",
+        "adapter": {"r": "auto", "target_modules": "all-linear"},
+        "training": {"max_steps": 3, "learning_rate": 0.01, "per_device_train_batch_size": 2},
+    }
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+SELECT = (
+    *("select", "--model", "base", "--saes", "saes", "--aligned", "aligned.jsonl", "--unaligned", "unaligned.jsonl"),
+    *("--top-k", 4, "--output", "subspace", "--quiet"),
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*")
+def test_the_stages_by_hand(run, world):
+    code, out, err = run(*SELECT, "--statistics", "statistics")
+    assert code == 0, err
+    assert "blocks.2.hook_resid_post: 4 features" in out
+    subspace = Subspace.from_pretrained("subspace")
+    assert [len(site.features) for site in subspace.sites] == [4, 4]
+    assert set(FeatureStatistics.from_pretrained("statistics").moments) == {"aligned", "unaligned"}
+
+    code, out, err = run("train", "job.yaml", "--quiet")
+    assert code == 0, err
+    assert "Adapter written to adapter" in out
+
+    assert run("merge", "base", "adapter", "merged")[0] == 0
+    assert run("export-lora", "adapter", "lora")[0] == 0
+    ids = torch.randint(4, 16, (2, 9), generator=torch.Generator().manual_seed(0))
+    base = AutoModelForCausalLM.from_pretrained("base")
+    before = base(ids).logits
+    merged = AutoModelForCausalLM.from_pretrained("merged")(ids).logits
+    lora = PeftModel.from_pretrained(base, "lora")(ids).logits
+    assert not torch.allclose(before, merged, atol=1e-3)
+    torch.testing.assert_close(lora, merged, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_shows_an_example(run, command):
+    code, out, _ = run(command, "--help")
+
+    assert code == 0
+    assert f"Example: peft-sae {command}" in " ".join(out.replace("│", " ").split()).replace("`", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("select",), 2, "Missing option '--model'"),
+        (("frobnicate",), 2, "No such command"),
+        (
+            (*SELECT, "--selector", "best"),
+            1,
+            r"SelectionError: Selector 'best' is unknown. Use one of ['mean_difference'",
+        ),
+        ((*SELECT, "--tokens", "some"), 1, "ConfigError: tokens='some' is unknown"),
+        ((*SELECT, "--top-k", "999"), 1, "SelectionError: Only"),
+        ((*SELECT, "--variance", "0"), 1, "ConfigError: variance=0.0 is no share"),
+        ((*SELECT, "--layer", "7"), 1, "ConfigError: No SAE belongs to the layers [7]"),
+        ((*SELECT, "--model", "nowhere"), 1, "ConfigError: The model 'nowhere' cannot be loaded"),
+        ((*SELECT, "--aligned", "nowhere.jsonl"), 1, "DataError: The aligned data 'nowhere.jsonl' cannot be opened"),
+        (("train", "nowhere.yaml"), 1, "ConfigError: 'nowhere.yaml' cannot be read as YAML"),
+        (("train", "job.yaml"), 1, "ArtifactError: Subspace 'subspace' is no folder here"),
+        (("merge", "base", "nowhere", "out"), 1, "ArtifactError: 'nowhere' has no adapter_config.json"),
+        (("export-lora", "base", "out"), 1, "ArtifactError: 'base' has no adapter_config.json"),
+    ],
+)
+def test_exit_codes_and_messages(run, world, arguments, code, message):
+    before = sorted(path.name for path in world.iterdir())
+
+    found, _, err = run(*arguments)
+
+    assert found == code
+    assert message in err.replace("│ ", "")
+    assert sorted(path.name for path in world.iterdir()) == before
