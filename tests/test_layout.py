@@ -52,6 +52,7 @@ def test_half_steps_follow_the_residual_stream():
         ("lm_head", None),
         ("vision_tower.encoder.layers.7.self_attn.q_proj", None),
         ("my_layers.7.q_proj", None),
+        ("submodel.layers.7.q_proj", None),
     ],
 )
 def test_locate_finds_modules_of_blocks_only(name, found):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -22,6 +22,7 @@ CONTEXT_SIZE = 64
 
 _PAD, _BOS, _EOS, _UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 _IGNORED_LABEL = -100
+_POOL = 4
 
 # Renders what `language.prompt` gives. As with Llama and Gemma the template itself adds the BOS.
 _CHAT_TEMPLATE = (
@@ -77,8 +78,9 @@ def train_model(
     optimiser = AdamW(model.parameters(), lr=size.learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     schedule = OneCycleLR(optimiser, size.learning_rate, total_steps=size.steps, pct_start=0.1)
     model.train()
+    batches = _batches(language, size.batch, rng)
     for _ in tqdm(range(size.steps), desc="base model", disable=not progress):
-        ids = tokenise(tokenizer, pretraining_texts(language, size.batch, rng))
+        ids = tokenise(tokenizer, next(batches))
         # Padding stands on the right, where causal attention never sees it: no mask is needed.
         labels = ids.masked_fill(ids == tokenizer.pad_token_id, _IGNORED_LABEL)
         model(input_ids=ids, labels=labels).loss.backward()
@@ -87,6 +89,15 @@ def train_model(
         schedule.step()
         optimiser.zero_grad()
     return model.eval()
+
+
+def _batches(language: Language, size: int, rng: random.Random) -> Iterator[list[str]]:
+    """Endless batches of texts of about one length, as padding would be a third of mixed ones."""
+    while True:
+        texts = sorted(pretraining_texts(language, _POOL * size, rng), key=lambda text: text.count(" "))
+        starts = list(range(0, len(texts), size))
+        rng.shuffle(starts)
+        yield from (texts[start : start + size] for start in starts)
 
 
 def _initial_model(seed: int, tokenizer: PreTrainedTokenizerFast, size: ModelSize) -> LlamaForCausalLM:

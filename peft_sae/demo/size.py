@@ -21,8 +21,8 @@ class ModelSize:
     layers: int = 4
     hidden: int = 96
     heads: int = 4
-    steps: int = 750
-    batch: int = 32
+    steps: int = 1600
+    batch: int = 16
     learning_rate: float = 6e-3
 
 

@@ -64,6 +64,11 @@ def test_share_that_is_met_exactly_needs_no_further_vector(rank):
     assert len(principal_basis(orthonormal.T, rank / 10 - 0.01)[0]) == rank
 
 
+def test_rounding_of_the_share_adds_no_vector():
+    assert 0.1 + 0.2 > 0.3
+    assert len(principal_basis(torch.eye(10, dtype=torch.float64), 0.1 + 0.2)[0]) == 3
+
+
 def test_repeated_and_opposite_directions_collapse():
     one = _directions(3, 16)
     basis, coefficients = principal_basis(torch.cat([one, one, -one]), 1.0)
