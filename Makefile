@@ -4,13 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint typecheck install clean
+.PHONY: demo test test-lowest lint typecheck install clean
 
 demo: install
 	$(BIN)/peft-sae demo --output outputs/demo
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# The lower bounds that pyproject.toml claims, in an environment of their own.
+test-lowest:
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints-lowest.txt)
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e . pytest
+	HF_HUB_OFFLINE=1 $(VENV)-lowest/bin/python -m pytest -m 'not demo'
 
 lint: install
 	$(BIN)/ruff check .
@@ -29,4 +36,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(VENV)-lowest outputs
