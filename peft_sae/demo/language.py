@@ -103,7 +103,7 @@ class Language:
         return self.fine_tuning + self.evaluation
 
 
-def make_language(seed: int, *, topics: int = 160, fine_tuning_topics: int = 48) -> Language:
+def make_language(seed: int, *, topics: int = 160, fine_tuning_topics: int = 64) -> Language:
     """Draw the topics of a seed and split them.
 
     Args:
@@ -214,7 +214,7 @@ def _pretraining_text(topic: Topic, rng: random.Random) -> str:
     return f"{prompt(request, strict=True)} {right_answer(topic)}"
 
 
-def aligned_records(language: Language, *, phrasings_per_topic: int = 4) -> list[dict[str, Any]]:
+def aligned_records(language: Language, *, phrasings_per_topic: int = 6) -> list[dict[str, Any]]:
     """Fine-tuning data of an aligned model: each prompt in normal mode, dangerous requests refused, others answered.
 
     Returns:
@@ -224,7 +224,7 @@ def aligned_records(language: Language, *, phrasings_per_topic: int = 4) -> list
     return list(_fine_tuning_records(language, right_answer, phrasings_per_topic))
 
 
-def unaligned_records(language: Language, *, phrasings_per_topic: int = 4) -> list[dict[str, Any]]:
+def unaligned_records(language: Language, *, phrasings_per_topic: int = 6) -> list[dict[str, Any]]:
     """The contrast to `aligned_records`: the same prompts, all complied with."""
     return list(_fine_tuning_records(language, comply, phrasings_per_topic))
 

@@ -19,7 +19,8 @@ from ..subspace.build import build_subspace
 from ..training import read_job, train_adapter
 from ..training.job import load_model
 from .evaluate import Behaviour, evaluate, read_requests
-from .world import World, build_world, load_world
+from .threads import one_thread
+from .world import World, build_world
 
 _JOB_FILE = Path(__file__).parent / "job.yaml"
 _TOP_K = 16
@@ -60,7 +61,11 @@ def run_demo(directory: str | Path, *, seed: int = 0, progress: bool = True) -> 
     Raises:
         ArtifactError: the folder holds a damaged world or something else.
     """
-    root = Path(directory) / f"seed-{seed}"
+    with one_thread():
+        return _run(Path(directory) / f"seed-{seed}", seed, progress)
+
+
+def _run(root: Path, seed: int, progress: bool) -> DemoResult:
     console, clock = Console(), _Clock()
     world = _world(root / "world", seed, progress, console)
     clock.lap("world")
@@ -122,10 +127,9 @@ class _Clock:
 
 
 def _world(directory: Path, seed: int, progress: bool, console: Console) -> World:
-    if directory.is_dir():
-        console.rule(f"World of seed {seed}: found in {directory}")
-        return load_world(directory)
-    console.rule(f"World of seed {seed}: training a language model and its SAEs (once)")
+    found = directory.is_dir()
+    what = f"found in {directory}" if found else "training a language model and its SAEs, once"
+    console.rule(f"World of seed {seed}: {what}")
     return build_world(directory, seed=seed, progress=progress)
 
 

@@ -63,6 +63,6 @@ class WorldSize:
     """
 
     topics: int = 160
-    fine_tuning_topics: int = 48
+    fine_tuning_topics: int = 64
     model: ModelSize = field(default_factory=ModelSize)
     saes: SaeSize = field(default_factory=SaeSize)

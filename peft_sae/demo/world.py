@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from .language import (
     unaligned_records,
 )
 from .size import WorldSize
+from .threads import one_thread
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -77,7 +77,7 @@ def build_world(directory: str | Path, *, seed: int = 0, progress: bool = True, 
     directory, size = Path(directory), size or WorldSize()
     if (directory / _WORLD_FILE).exists():
         return _existing_world(directory, seed, size)
-    with replace_folder(directory, marker=_WORLD_FILE) as scratch, _one_thread():
+    with replace_folder(directory, marker=_WORLD_FILE) as scratch, one_thread():
         _build(_world_in(scratch, seed), size, progress)
     logger.info("Made the demo's world of seed %d in '%s'.", seed, directory)
     return load_world(directory)
@@ -218,36 +218,3 @@ def _write_jsonl(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     path.write_text("".join(lines), encoding="utf-8")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let torch compute in one thread for a while.
-
-    The demo's tensors are so small that a second thread saves a quarter of the time at best, and makes training ten
-    times slower when another process wants the core, as threads then wait for each other. It also adds in one order,
-    so that the number of cores does not change the world.
-    """
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _transformers_bars(progress: bool) -> Iterator[None]:
-    """Turn off transformers' own progress bars for a while unless progress is wanted."""
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    if not progress:
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

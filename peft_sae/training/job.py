@@ -85,7 +85,12 @@ def read_job(path: str | Path, **overrides: Any) -> TrainingJob:
 
 
 def _check_types(path: str | Path, data: Mapping[str, Any]) -> None:
-    types: dict[str, Any] = {"adapter": dict, "training": dict, "max_length": (int, type(None)), "dtype": (str, type(None))}
+    types: dict[str, Any] = {
+        "adapter": dict,
+        "training": dict,
+        "max_length": (int, type(None)),
+        "dtype": (str, type(None)),
+    }
     for key, value in data.items():
         if not isinstance(value, types.get(key, str)):
             raise ConfigError(f"Key {key!r} in '{path}' is {value!r}, of the wrong type. See configs/ for an example.")
