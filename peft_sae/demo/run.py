@@ -18,8 +18,8 @@ from ..sae import load_saes
 from ..subspace.build import build_subspace
 from ..training import read_job, train_adapter
 from ..training.job import load_model
+from .context import one_thread, transformers_bars
 from .evaluate import Behaviour, evaluate, read_requests
-from .threads import one_thread
 from .world import World, build_world
 
 _JOB_FILE = Path(__file__).parent / "job.yaml"
@@ -61,7 +61,7 @@ def run_demo(directory: str | Path, *, seed: int = 0, progress: bool = True) -> 
     Raises:
         ArtifactError: the folder holds a damaged world or something else.
     """
-    with one_thread():
+    with one_thread(), transformers_bars(progress):
         return _run(Path(directory) / f"seed-{seed}", seed, progress)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..artifact import package_versions, read_json, replace_folder, write_json
 from ..errors import ArtifactError
+from .context import one_thread, transformers_bars
 from .language import (
     Language,
     Topic,
@@ -22,7 +23,6 @@ from .language import (
     unaligned_records,
 )
 from .size import WorldSize
-from .threads import one_thread
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -154,7 +154,7 @@ def _build(world: World, size: WorldSize, progress: bool) -> None:
     _write_jsonl(world.evaluation, evaluation_records(language))
     tokenizer = make_tokenizer(language)
     model = train_model(language, tokenizer, size.model, progress=progress)
-    with _transformers_bars(progress):
+    with transformers_bars(progress):
         model.save_pretrained(world.model)
         tokenizer.save_pretrained(world.model)
     quality = _build_saes(world, language, model, tokenizer, size, progress)

@@ -1,4 +1,4 @@
-"""How many threads the demo computes in."""
+"""What the demo changes in its process while it runs, and puts back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def _transformers_bars(progress: bool) -> Iterator[None]:
+def transformers_bars(progress: bool) -> Iterator[None]:
     """Turn off transformers' own progress bars for a while unless progress is wanted."""
     from transformers.utils import logging as transformers_logging
 
