@@ -103,21 +103,25 @@ def orthonormal_rows(directions: torch.Tensor) -> torch.Tensor:
     Returns:
         Float64 [rank', width]; rank' is smaller where directions depend on those before them.
     """
-    lengths = directions.norm(dim=-1, keepdim=True)
-    directions = directions[(lengths > 0).flatten()] / lengths[lengths > 0][:, None]
     rows = directions
     for _ in range(2):
-        lower, failed = torch.linalg.cholesky_ex(rows @ rows.T)
-        newest = 0.0 if bool(failed) else float(torch.diagonal(lower).min())
-        if newest < _ILL_CONDITIONED:
+        gram = rows @ rows.T
+        scale = torch.diagonal(gram).rsqrt()
+        lower, failed = torch.linalg.cholesky_ex(gram * scale * scale[:, None])
+        newest = float(torch.diagonal(lower).min())
+        if bool(failed) or not newest > _ILL_CONDITIONED:  # also where a zero row has made it NaN
             return _householder_rows(directions)
-        rows = torch.linalg.solve_triangular(lower, rows, upper=False)
+        # The inverse is small; multiplying by it is faster than solving for every column.
+        inverse = torch.linalg.solve_triangular(lower, torch.diag(scale), upper=False)
+        rows = inverse @ rows
         if newest > _WELL_CONDITIONED:
             break
     return rows
 
 
 def _householder_rows(directions: torch.Tensor) -> torch.Tensor:
+    lengths = directions.norm(dim=-1, keepdim=True)
+    directions = directions[(lengths > 0).flatten()] / lengths[lengths > 0][:, None]
     orthogonal, upper = torch.linalg.qr(directions.T)
     diagonal = torch.diagonal(upper)
     signs = torch.where(diagonal < 0, -1.0, 1.0).to(torch.float64)

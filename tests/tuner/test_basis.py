@@ -92,6 +92,20 @@ def test_orthonormal_rows_keep_nested_spans_and_drop_dependent_rows():
         torch.testing.assert_close(projected, directions[:count])
 
 
+@pytest.mark.parametrize("spread", [0, 2, 4])
+def test_orthonormal_rows_stay_so_for_nearly_dependent_directions(spread):
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(1, 64, generator=generator, dtype=torch.float64)
+    directions = common + 10.0**-spread * torch.randn(6, 64, generator=generator, dtype=torch.float64)
+
+    rows = orthonormal_rows(directions)
+
+    torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows), dtype=torch.float64), rtol=0, atol=1e-10)
+    exact = torch.linalg.qr(directions.T)[0].T
+    assert len(rows) == 6
+    torch.testing.assert_close((rows @ exact.T).abs().diagonal(), torch.ones(len(rows)).double(), rtol=0, atol=1e-6)
+
+
 def test_fill_is_orthonormal_orthogonal_and_reproducible():
     rows = torch.linalg.qr(torch.randn(24, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0].T
     state = torch.random.get_rng_state()
