@@ -99,6 +99,7 @@ class SaeSubspaceConfig(LoraConfig):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is neither true nor false.")
         for module, side in (self.sides or {}).items():
             _check_choice(f"sides[{module!r}]", side, _SIDES)
+        _check_record(self.basis_record)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
@@ -174,6 +175,25 @@ class SaeSubspaceConfig(LoraConfig):
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name}={value!r} is unknown. Choose one of {', '.join(map(repr, choices))}.")
+
+
+def _check_record(record: Any) -> None:
+    """Refuse a record that injection did not write: it comes from a file, and decides what is frozen."""
+    if record is None:
+        return
+    entries = {"side": str, "hook_name": (str, type(None)), "basis": int, "filled": int}
+    try:
+        known = set(record) == {"digest", "modules"} and isinstance(record["digest"], (str, type(None)))
+        for name, entry in record["modules"].items():
+            known = known and isinstance(name, str) and set(entry) == set(entries) and entry["side"] in _SIDES
+            known = known and all(isinstance(entry[key], kind) for key, kind in entries.items())
+    except (TypeError, KeyError, AttributeError):
+        known = False
+    if not known:
+        raise ConfigError(
+            "basis_record is not what injection writes, so the modules' sides are unknown. Restore the adapter's "
+            "configuration, or set basis_record=None to start a new adapter."
+        )
 
 
 def _refuse_unknown_fields(init: Callable[..., None], known: list[str]) -> Callable[..., None]:

@@ -20,7 +20,7 @@ def resolve_subspace(config: SaeSubspaceConfig) -> Subspace | None:
         ConfigError: the configuration records another Subspace than it names.
     """
     record = config.basis_record
-    if record is not None and (config.inference_mode or record.get("digest") is None):
+    if record is not None and (config.inference_mode or (config.subspace is None and record["digest"] is None)):
         return None
     if config.subspace is None:
         if not config.inference_mode:
@@ -36,7 +36,7 @@ def resolve_subspace(config: SaeSubspaceConfig) -> Subspace | None:
                 raise
             _warn_missing(f"The adapter's Subspace is no longer at {config.subspace!r}")
             return None
-    if record is not None and record["digest"] != subspace.digest:
+    if record is not None and record["digest"] not in (None, subspace.digest):
         if config.subspace == SUBSPACE_FOLDER:  # a folder of that name that belongs to something else
             _warn_missing("The adapter's own Subspace is not beside its configuration")
             return None

@@ -82,6 +82,23 @@ def test_bad_values_are_refused(fields, message):
         SaeSubspaceConfig(**{"subspace": "somewhere", **fields})
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        [],
+        {"digest": "0"},
+        {"digest": 0, "modules": {}},
+        {"digest": "0", "modules": []},
+        {"digest": "0", "modules": {"q": {}}},
+        {"digest": "0", "modules": {"q": {"side": "up", "hook_name": None, "basis": 1, "filled": 0}}},
+        {"digest": "0", "modules": {"q": {"side": "read", "hook_name": 3, "basis": 1, "filled": 0}}},
+    ],
+)
+def test_a_record_that_injection_did_not_write_is_refused(record):
+    with pytest.raises(ConfigError, match="basis_record is not what injection writes"):
+        SaeSubspaceConfig(basis_record=record)
+
+
 def test_a_misspelt_field_is_refused_with_a_suggestion_on_every_route(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "SAE_SUBSPACE", "freeze_bais": True}))
     message = "no field 'freeze_bais'.*Did you mean 'freeze_basis'"

@@ -469,6 +469,18 @@ def test_without_a_subspace_it_is_lora_and_says_so():
         assert torch.equal(mine, theirs), name
 
 
+def test_a_config_used_without_a_subspace_takes_one_later():
+    config = SaeSubspaceConfig(r=4, target_modules=["q_proj"])
+    with pytest.warns(MissingSubspaceWarning):
+        get_peft_model(make_model(), config)
+    model = make_model()
+    config.subspace = make_subspace(model)
+
+    adapted = get_peft_model(model, config)
+
+    assert all(entry["basis"] == 4 for entry in adapted.peft_config["default"].basis_record["modules"].values())
+
+
 def test_low_cpu_mem_usage_loads_the_same(tmp_path):
     adapted = adapt(make_model(), freeze_basis=True)
     train(adapted)
