@@ -181,7 +181,7 @@ def _check_record(record: Any) -> None:
     """Refuse a record that injection did not write: it comes from a file, and decides what is frozen."""
     if record is None:
         return
-    entries = {"side": str, "hook_name": (str, type(None)), "basis": int, "filled": int}
+    entries: dict[str, Any] = {"side": str, "hook_name": (str, type(None)), "basis": int, "filled": int}
     try:
         known = set(record) == {"digest", "modules"} and isinstance(record["digest"], (str, type(None)))
         for name, entry in record["modules"].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 from ..errors import ArtifactError, ConfigError, MissingSubspaceWarning
 from ..subspace import Subspace
@@ -26,26 +27,32 @@ def resolve_subspace(config: SaeSubspaceConfig) -> Subspace | None:
         if not config.inference_mode:
             _warn_missing("No subspace is given")
         return None
-    if isinstance(config.subspace, Subspace):
-        subspace = config.subspace
-    else:
-        try:
-            subspace = Subspace.from_pretrained(config.subspace)
-        except ArtifactError:
-            if record is None:
-                raise
-            _warn_missing(f"The adapter's Subspace is no longer at {config.subspace!r}")
-            return None
-    if record is not None and record["digest"] not in (None, subspace.digest):
-        if config.subspace == SUBSPACE_FOLDER:  # a folder of that name that belongs to something else
-            _warn_missing("The adapter's own Subspace is not beside its configuration")
-            return None
-        raise ConfigError(
-            f"The configuration belongs to an adapter built from the Subspace {record['digest'][:12]}..., and the "
-            "given one "
-            f"is {subspace.digest[:12]}.... To start a new adapter from it, set basis_record=None."
-        )
-    return subspace
+    if record is not None and config.subspace == SUBSPACE_FOLDER and not Path(SUBSPACE_FOLDER).is_dir():
+        # "Beside the configuration", where it is not; as the name of a Hub repository it would mean somebody else's.
+        _warn_missing("The adapter's own Subspace is not beside its configuration")
+        return None
+    subspace = _read(config)
+    if subspace is None or record is None or record["digest"] in (None, subspace.digest):
+        return subspace
+    if config.subspace == SUBSPACE_FOLDER:  # a folder of that name that belongs to something else
+        _warn_missing("The adapter's own Subspace is not beside its configuration")
+        return None
+    raise ConfigError(
+        f"The configuration belongs to an adapter built from the Subspace {record['digest'][:12]}..., and the given "
+        f"one is {subspace.digest[:12]}.... To start a new adapter from it, set basis_record=None."
+    )
+
+
+def _read(config: SaeSubspaceConfig) -> Subspace | None:
+    if config.subspace is None or isinstance(config.subspace, Subspace):
+        return config.subspace
+    try:
+        return Subspace.from_pretrained(config.subspace)
+    except ArtifactError:
+        if config.basis_record is None:
+            raise
+        _warn_missing(f"The adapter's Subspace is no longer at {str(config.subspace)!r}")
+        return None
 
 
 def _warn_missing(reason: str) -> None:
@@ -53,5 +60,5 @@ def _warn_missing(reason: str) -> None:
         f"{reason}, so the adapter starts as plain LoRA, without a basis of features. If its weights are loaded "
         "afterwards, all is well; otherwise set `subspace` to a Subspace or its folder.",
         MissingSubspaceWarning,
-        stacklevel=2,
+        stacklevel=3,
     )

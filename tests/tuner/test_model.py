@@ -355,7 +355,7 @@ def test_loading_for_training_without_the_subspace_warns_and_still_freezes(tmp_p
     adapted.save_pretrained(tmp_path)
     shutil.rmtree(tmp_path / "subspace")
 
-    with pytest.warns(MissingSubspaceWarning, match="no longer at 'subspace'"):
+    with pytest.warns(MissingSubspaceWarning, match="not beside its configuration"):
         loaded = PeftModel.from_pretrained(make_model(), tmp_path, is_trainable=True)
 
     assert torch.equal(logits(loaded), logits(adapted))
