@@ -30,10 +30,12 @@ class Example:
     Attributes:
         ids: token ids, BOS included where there is one.
         counted: for each token, whether it is among those that were asked for.
+        templated: whether a chat template rendered the text, and so has ended it as the model expects.
     """
 
     ids: list[int]
     counted: list[bool]
+    templated: bool = False
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ class ExampleReader:
         if len(ids) > self._max_length:
             self.truncated += 1
             ids, counted = ids[: self._max_length], counted[: self._max_length]
-        return Example(ids=ids, counted=counted)
+        return Example(ids=ids, counted=counted, templated=templated)
 
     def _counts(self, start: int, end: int, spans: list[tuple[int, int]] | None) -> bool:
         """Whether the token at these characters counts, given the spans of the response."""

@@ -71,7 +71,9 @@ def train_adapter(
 
 
 def encode_examples(tokenizer: PreTrainedTokenizerBase, data: Data, max_length: int) -> list[dict[str, list[int]]]:
-    """Tokenise training data, with EOS at the end and the prompt's labels masked.
+    """Tokenise training data, with the prompt's labels masked.
+
+    EOS is learned at the end of a text, except where a chat template has ended it in its own way.
 
     Args:
         tokenizer: a fast tokenizer.
@@ -95,9 +97,11 @@ def encode_examples(tokenizer: PreTrainedTokenizerBase, data: Data, max_length: 
     for number, record in enumerate(records):
         example = reader.read(record, number)
         labels = [token if counted else _IGNORED for token, counted in zip(example.ids, example.counted, strict=True)]
-        ids = list(example.ids)
-        if ids[-1] != tokenizer.eos_token_id and tokenizer.eos_token_id is not None:
-            ids, labels = [*ids, tokenizer.eos_token_id], [*labels, tokenizer.eos_token_id]
+        ids, eos = list(example.ids), tokenizer.eos_token_id
+        if ids[-1] == eos:  # put there by the tokenizer, which the reader does not count
+            labels[-1] = eos
+        elif eos is not None and not example.templated:
+            ids, labels = [*ids, eos], [*labels, eos]
         if all(label in (_IGNORED, tokenizer.eos_token_id) for label in labels):
             raise DataError(
                 f"Training example {number} has no response within {max_length} tokens, so nothing is learned from it. "

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import yaml
+from tokenizers import processors
 
 from peft_sae import SaeSubspaceConfig
 from peft_sae.errors import ConfigError, DataError
@@ -9,6 +10,20 @@ from peft_sae.training.train import Collator, encode_examples
 from tests.tiny import ALIGNED, make_model, make_subspace, make_tokenizer
 
 JOB = {"model": "base", "data": "aligned.jsonl", "subspace": "subspace", "output": "adapter", "adapter": {"r": 4}}
+
+
+def test_the_end_is_learned_once_and_left_to_the_chat_template():
+    adding, chat = make_tokenizer(), make_tokenizer()
+    adding._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    messages = [{"role": "user", "content": "sea"}, {"role": "assistant", "content": "sun moon"}]
+
+    (plain,) = encode_examples(adding, ALIGNED[1:], 64)
+    (turns,) = encode_examples(chat, [{"messages": messages}], 64)
+
+    assert plain == {"input_ids": [1, 9, 7, 7, 8, 2], "labels": [-100, -100, 7, 7, 8, 2]}
+    assert turns == {"input_ids": [1, 16, 9, 17, 7, 8], "labels": [-100, -100, -100, -100, 7, 8]}
 
 
 def test_training_lowers_the_loss_on_completions_only(tmp_path):
