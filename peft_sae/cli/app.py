@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +29,8 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 1 an error that was told, 2 wrong usage."""
+    # PEFT asks transformers for an attribute under its old name; the reader of a terminal can do nothing about it.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
         app()
