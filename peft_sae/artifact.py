@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,23 +31,29 @@ def package_versions() -> dict[str, str]:
     return found
 
 
+def looks_like_path(text: str) -> bool:
+    """Return whether a text can only be a path, and not the id of a Hub repository."""
+    return Path(text).is_absolute() or text.startswith((".", "~")) or text.replace(os.sep, "/").count("/") > 1
+
+
 @contextmanager
-def replace_folder(target: str | Path, *, marker: str) -> Iterator[Path]:
+def replace_folder(target: str | Path, *, owned: Collection[str] = ()) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `target` when the block ends without an error.
 
     Args:
         target: folder to write. It may be missing, empty, or hold an earlier artefact of the kind.
-        marker: name of a file that only this kind of artefact has. A folder that holds something
-            else is never replaced.
+        owned: names of the files that this kind of artefact consists of. A folder that holds anything else
+            is never replaced.
 
     Raises:
         ArtifactError: the target is a file or a foreign folder, or cannot be written.
     """
     target = Path(target).resolve()  # a link stays one: what it points to is replaced
-    if target.is_file() or (target.is_dir() and any(target.iterdir()) and not (target / marker).is_file()):
+    foreign = sorted({path.name for path in target.iterdir()} - set(owned)) if target.is_dir() else []
+    if target.is_file() or foreign:
         raise ArtifactError(
-            f"'{target}' exists and is not a folder with a {marker}; writing there would destroy "
-            "what it holds. Give another folder or remove this one."
+            f"'{target}' exists{f' and holds {foreign[:3]}' if foreign else ' and is a file'}; writing there would "
+            "destroy it. Give another folder or remove this one."
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

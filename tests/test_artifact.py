@@ -16,12 +16,12 @@ def _tensors():
 
 
 def _write(folder, text="new"):
-    with replace_folder(folder, marker="mark.json") as scratch:
+    with replace_folder(folder, owned=("mark.json", "tensors")) as scratch:
         (scratch / "mark.json").write_text(text)
 
 
 def _fail_halfway(folder):
-    with replace_folder(folder, marker="mark.json") as scratch:
+    with replace_folder(folder, owned=("mark.json", "tensors")) as scratch:
         (scratch / "mark.json").write_text("half")
         raise RuntimeError("stop")
 
@@ -35,7 +35,7 @@ def test_folder_appears_whole_and_readable_like_any_other(tmp_path):
 
 def test_own_kind_is_replaced_without_leftovers(tmp_path):
     _write(tmp_path / "out", "old")
-    (tmp_path / "out" / "stale.txt").write_text("x")
+    (tmp_path / "out" / "tensors").write_text("x")
     _write(tmp_path / "out", "new")
     assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {"mark.json": "new"}
     assert list(tmp_path.iterdir()) == [tmp_path / "out"]
@@ -92,14 +92,14 @@ def test_old_folder_comes_back_when_the_swap_fails(tmp_path, monkeypatch):
 
 def test_foreign_folder_is_refused_and_kept(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ArtifactError, match=r"is not a folder with a mark\.json.*destroy"):
+    with pytest.raises(ArtifactError, match=r"holds \['thesis.txt'\]; writing there would destroy it"):
         _write(tmp_path)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
 def test_file_as_target_is_refused(tmp_path):
     (tmp_path / "out").write_text("x")
-    with pytest.raises(ArtifactError, match="is not a folder"):
+    with pytest.raises(ArtifactError, match="is a file; writing there would destroy it"):
         _write(tmp_path / "out")
     with pytest.raises(ArtifactError, match="Cannot write beside"):
         _write(tmp_path / "out" / "below")

@@ -54,14 +54,14 @@ FAMILIES = {
 }
 
 
-def make_model(family: str = "llama", *, seed: int = 0) -> PreTrainedModel:
+def make_model(family: str = "llama", *, seed: int = 0, **changes) -> PreTrainedModel:
     """A tiny causal language model with random weights, norm gains included."""
     prefix, settings = FAMILIES[family]
     config_cls = getattr(transformers, f"{prefix}TextConfig" if family == "gemma3" else f"{prefix}Config")
     model_cls = getattr(transformers, "GPT2LMHeadModel" if family == "gpt2" else f"{prefix}ForCausalLM")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = model_cls(config_cls(**settings))
+        model = model_cls(config_cls(**{**settings, **changes}))
         for name, parameter in model.named_parameters():
             if "norm" in name or ".ln_" in name:
                 parameter.data += 0.3 * torch.randn_like(parameter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,6 +101,7 @@ def _run(root: Path, seed: int, progress: bool) -> DemoResult:
     clock.lap("train")
 
     console.rule("Merge, reload with plain transformers, evaluate and compare")
+    shutil.rmtree(root / "merged", ignore_errors=True)  # the demo's own, of an earlier run
     merge_checkpoint(world.model, root / "adapter", root / "merged")
     merged, _ = load_model(root / "merged")
     clock.lap("merge")

@@ -77,7 +77,7 @@ def build_world(directory: str | Path, *, seed: int = 0, progress: bool = True, 
     directory, size = Path(directory), size or WorldSize()
     if (directory / _WORLD_FILE).exists():
         return _existing_world(directory, seed, size)
-    with replace_folder(directory, marker=_WORLD_FILE) as scratch, one_thread():
+    with replace_folder(directory) as scratch, one_thread():
         _build(_world_in(scratch, seed), size, progress)
     logger.info("Made the demo's world of seed %d in '%s'.", seed, directory)
     return load_world(directory)

@@ -24,7 +24,7 @@ def export_lora(adapter: str | Path, output: str | Path) -> Path:
 
     Args:
         adapter: folder of an adapter.
-        output: folder to write; missing, empty, or an earlier adapter.
+        output: folder to write; missing or empty. What exists is never overwritten.
 
     Returns:
         The output folder.
@@ -36,14 +36,12 @@ def export_lora(adapter: str | Path, output: str | Path) -> Path:
     config = read_adapter_config(adapter)
     if config["peft_type"] == "LORA":
         raise ConfigError(f"'{adapter}' is a plain LoRA adapter already. Use it as it is.")
-    if Path(output).resolve() == Path(adapter).resolve():
-        raise ConfigError(f"'{output}' is the adapter itself, which would be lost. Give another folder.")
     tensors = read_adapter_weights(adapter)
     lora_fields = {field.name for field in fields(LoraConfig)}
     own_fields = {field.name for field in fields(SaeSubspaceConfig)} - lora_fields
     plain = {name: value for name, value in config.items() if name not in own_fields}
     provenance = {name: config.get(name) for name in sorted(own_fields)}
-    with replace_folder(output, marker=CONFIG_FILE) as folder:
+    with replace_folder(output) as folder:
         from safetensors.torch import save_file
 
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})

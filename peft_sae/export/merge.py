@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import logging
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifact import replace_folder
-from ..errors import ArtifactError, ConfigError, MismatchError
+from ..errors import ArtifactError, MismatchError
 from .adapter import read_adapter_config, read_adapter_weights
 
 if TYPE_CHECKING:
     import torch
 
 logger = logging.getLogger(__name__)
-
-_CONFIG_FILE = "config.json"
 
 
 def merge_checkpoint(
@@ -35,7 +35,7 @@ def merge_checkpoint(
     Args:
         base: folder or Hub id of the base model.
         adapter: folder of the adapter, ours or a plain LoRA.
-        output: folder to write; missing, empty, or an earlier checkpoint other than the base.
+        output: folder to write; missing or empty. What exists is never overwritten.
         dtype: dtype of the merged checkpoint, for example `"bfloat16"`; by default that of the base.
         max_shard_size: as in `PreTrainedModel.save_pretrained`.
 
@@ -45,27 +45,36 @@ def merge_checkpoint(
     Raises:
         ArtifactError: base or adapter cannot be read, or the output cannot be written.
         MismatchError: the adapter is of another model.
-        ConfigError: the output is the base or the adapter.
     """
-    from peft import PeftModel
-
     read_adapter_config(adapter)
-    read_adapter_weights(adapter)  # for its checks, before the model is loaded
-    for source in (base, adapter):
-        if Path(output).resolve() == Path(source).resolve():
-            raise ConfigError(f"'{output}' is also an input, which would be lost. Give another folder.")
-    model = _load_base(base, dtype)
+    weights = read_adapter_weights(adapter)
+    with replace_folder(output) as folder:
+        merged = _merge(_load_base(base, dtype), base, adapter, weights)
+        merged.save_pretrained(folder, max_shard_size=max_shard_size)
+        _copy_tokenizer(base, folder)
+    return Path(output)
+
+
+def _merge(model: Any, base: str | Path, adapter: str | Path, weights: Mapping[str, torch.Tensor]) -> Any:
+    from peft import PeftModel, get_peft_model_state_dict
+
     try:
-        adapted = PeftModel.from_pretrained(model, str(adapter))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
+            adapted = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError) as error:
         raise MismatchError(
             f"The adapter '{adapter}' does not fit the base '{base}' ({error}). Give the base that it was trained on."
         ) from error
-    merged = adapted.merge_and_unload(safe_merge=True)
-    with replace_folder(output, marker=_CONFIG_FILE) as folder:
-        merged.save_pretrained(folder, max_shard_size=max_shard_size)
-        _copy_tokenizer(base, folder)
-    return Path(output)
+    # PEFT passes over tensors that have no place in the model, and over places that have no tensor.
+    unlike = sorted(set(weights) ^ set(get_peft_model_state_dict(adapted)))
+    if unlike:
+        raise MismatchError(
+            f"The adapter '{adapter}' does not fit the base '{base}': {len(unlike)} tensors have no counterpart, the "
+            "first "
+            f"is {unlike[0]!r}. Give the base that it was trained on."
+        )
+    return adapted.merge_and_unload(safe_merge=True)
 
 
 def _load_base(base: str | Path, dtype: str | torch.dtype | None) -> Any:

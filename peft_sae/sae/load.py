@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..artifact import digest
+from ..artifact import digest, looks_like_path
 from ..errors import ArtifactError, ConfigError, MismatchError
 from ..layout import Site
 from .identity import SaeIdentity
@@ -223,6 +223,10 @@ def _load_release(
 
     directory = get_pretrained_saes_directory()
     if release not in directory:
+        if looks_like_path(release):
+            raise ConfigError(
+                f"There is no folder '{release}' (the working directory is '{Path.cwd()}'). Check the path."
+            )
         raise ConfigError(
             f"{release!r} is neither a folder nor a release that the installed sae-lens knows. Releases with "
             f"similar names: {_similar(release, directory)}."
@@ -285,6 +289,21 @@ def _pick_handles(handles: list[SaeHandle], ids: Sequence[str] | None, layers: S
             f"{[handle.identity.hook_name for handle in handles]}."
         )
     return [handle for handle in handles if handle.identity.site.block in layers]
+
+
+def as_handles(saes: Sequence[SaeHandle | SAE[Any]]) -> list[SaeHandle]:
+    """Return handles, made of SAE objects where those are given.
+
+    Raises:
+        ConfigError: something else is given, such as the name of a release.
+        MismatchError: as `make_handle`.
+    """
+    if isinstance(saes, (str, Path)):
+        raise ConfigError(
+            f"saes={str(saes)!r} names SAEs that are not loaded. Use saes=load_saes({str(saes)!r}, ids=[...])."
+        )
+    given = [saes] if isinstance(saes, (SaeHandle, torch.nn.Module)) else list(saes)
+    return [entry if isinstance(entry, SaeHandle) else make_handle(entry) for entry in given]
 
 
 def check_distinct(handles: Sequence[SaeHandle]) -> None:

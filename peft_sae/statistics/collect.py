@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError, DataError
-from ..sae.load import SaeHandle, check_distinct
+from ..sae.load import SaeHandle, as_handles, check_distinct
 from ..sae.placement import check_placement
 from .capture import Capture, capturing
 from .data import Batch, Data, Example, ExampleReader, TokenChoice, iterate_batches, iterate_records
@@ -48,7 +48,7 @@ def collect_statistics(
         data: label to data set, usually `{"aligned": ..., "unaligned": ...}`. A data set is a
             `datasets.Dataset`, an iterable, or the path of a JSONL file. Its records are strings, or
             mappings with `text`, with `prompt` and `completion`, or with `messages`.
-        saes: from `load_saes`.
+        saes: from `load_saes`; SAE objects of sae-lens will do.
         tokens: count `all` tokens, those of the `prompt`, or those of the `response`.
         batch_size: texts per forward pass.
         max_length: tokens per text; longer texts are cut at the end, and their number is recorded and
@@ -71,6 +71,7 @@ def collect_statistics(
         )
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} processes nothing. Use 1 or more.")
+    saes = as_handles(saes)
     check_distinct(saes)
     taps = check_placement(model, saes)
     limit = _context_length(model, max_length)

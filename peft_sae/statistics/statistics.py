@@ -136,7 +136,7 @@ class FeatureStatistics:
             "settings": dict(self.settings),
             "versions": dict(self.versions),
         }
-        with replace_folder(directory, marker=_JSON_FILE) as folder:
+        with replace_folder(directory, owned=(_JSON_FILE, _TENSOR_FILE)) as folder:
             write_tensors(folder / _TENSOR_FILE, tensors)
             write_json(folder / _JSON_FILE, description)
 

@@ -12,6 +12,7 @@ import torch
 
 from ..artifact import (
     digest,
+    looks_like_path,
     package_versions,
     read_json,
     read_tensors,
@@ -35,7 +36,7 @@ _MAX_FEATURES = 2**20  # more chosen features than any SAE has: such a file is d
 _MAX_WIDTH = 2**20
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Subspace:
     """Orthonormal bases of chosen SAE features, one per hook point.
 
@@ -90,13 +91,19 @@ class Subspace:
                 )
         return pd.DataFrame(rows)
 
+    def __repr__(self) -> str:
+        sites = ", ".join(
+            f"{site.sae.hook_name}: {len(site.features)} features, rank {site.rank}" for site in self.sites
+        )
+        return f"Subspace({sites})"
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the Subspace as a folder of JSON and safetensors, whole or not at all.
 
         Raises:
             ArtifactError: the folder holds something else or cannot be written.
         """
-        with replace_folder(directory, marker=JSON_FILE) as folder:
+        with replace_folder(directory, owned=(JSON_FILE, TENSOR_FILE)) as folder:
             write_tensors(folder / TENSOR_FILE, self._tensors())
             write_json(folder / JSON_FILE, {**self._description(), "digest": self.digest})
 
@@ -211,6 +218,12 @@ def _find_folder(path_or_id: str | Path) -> Path:
         raise ArtifactError(
             f"'{path}' has no {JSON_FILE}, so it is no Subspace and no adapter with one. Give the folder that "
             "`Subspace.save_pretrained` or an adapter's `save_pretrained` wrote."
+        )
+    if looks_like_path(str(path_or_id)):
+        raise ArtifactError(
+            f"There is no folder '{path}' (the working directory is '{Path.cwd()}'), so there is no Subspace to read. "
+            "Check the path. The Subspace of a saved adapter or configuration lies beside it, and is found by "
+            "SaeSubspaceConfig.from_pretrained."
         )
     return _download(str(path_or_id))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..errors import ConfigError, MismatchError
-from ..sae.load import SaeHandle
+from ..sae.load import SaeHandle, as_handles
 from ..sae.placement import check_placement, find_layout
 from ..selection.select import SelectedFeatures, Selection, select_features
 from ..statistics.collect import collect_statistics
@@ -95,6 +95,7 @@ def subspace_from_selection(
         ConfigError: `variance` is out of range.
     """
     _check_variance(variance)
+    saes = as_handles(saes)
     check_placement(model, saes)
     by_digest = {handle.identity.digest: handle for handle in saes}
     sites = []

@@ -21,9 +21,23 @@ from ..subspace import Subspace
 logger = logging.getLogger(__name__)
 
 SUBSPACE_FOLDER = "subspace"
+# What stands in a saved configuration for the folder beside it. The Hub has no such name.
+BESIDE = "./subspace"
 _LAYER_MAPS = ("nearest", "exact")
 _FILLS = ("orthogonal", "zeros", "error")
 _SIDES = ("read", "write", "none")
+
+# The record of an adapter that has no basis.
+NO_BASIS: dict[str, Any] = {"digest": None, "model": {}, "automatic_r": None, "modules": {}}
+
+# What is recorded of each module, with its type.
+RECORD_ENTRIES: dict[str, Any] = {
+    "side": str,
+    "hook_name": (str, type(None)),
+    "basis": int,
+    "filled": int,
+    "dropped": int,
+}
 
 
 @dataclass
@@ -40,19 +54,24 @@ class SaeSubspaceConfig(LoraConfig):
         freeze_basis: train only the factor that does not hold the basis, so that the update stays in the
             span of the chosen features for good.
         norm_gain: carry the basis through the norm between the residual stream and the module.
-        layer_map: `"nearest"` gives every module the nearest site; `"exact"` adapts only modules whose own
-            block has a site.
+        layer_map: `"nearest"` gives every module the nearest site along the residual stream; `"exact"` adapts
+            only modules that touch a site within their block. What block 4 leaves in `resid_post` is touched by block
+            4's writing modules and by block 5's reading ones.
         fill: what stands in for missing directions where `r` exceeds the basis: `"orthogonal"` (random
             directions orthogonal to it), `"zeros"`, or `"error"`.
         sides: side of modules (name or end of a name: `"read"`, `"write"`, or `"none"` for plain LoRA),
             where it is not known from the architecture or is to be another one.
-        basis_record: written at injection: the Subspace's digest, and each module's side, hook point and
-            basis size. Not meant to be set by hand.
+        basis_record: written at injection: the Subspace's digest, its model, and each module's side, hook point and
+        number
+            of directions from the basis, filled up, and dropped. Not meant to be set by hand.
 
     Raises:
         ConfigError: unknown field, value out of range, or a combination that cannot work.
     """
 
+    r: int | Literal["auto"] = field(
+        default=8, metadata={"help": "LoRA's rank, or 'auto' for the rank of each module's own basis."}
+    )
     subspace: str | Path | Subspace | None = field(
         default=None,
         metadata={"help": "A Subspace, its folder or its Hub id; without one the adapter starts as plain LoRA."},
@@ -66,7 +85,8 @@ class SaeSubspaceConfig(LoraConfig):
     layer_map: Literal["nearest", "exact"] = field(
         default="nearest",
         metadata={
-            "help": "'nearest': every module takes the nearest site. 'exact': only blocks with a site of their own."
+            "help": "'nearest': every module takes the nearest site. 'exact': only modules that touch one in their "
+            "block."
         },
     )
     fill: Literal["orthogonal", "zeros", "error"] = field(
@@ -88,7 +108,9 @@ class SaeSubspaceConfig(LoraConfig):
             self.subspace = str(self.subspace)
         if self.subspace is not None and not isinstance(self.subspace, (str, Subspace)):
             raise ConfigError(
-                f"subspace={self.subspace!r} is a {type(self.subspace).__name__}. Give a Subspace, a path, or a Hub id."
+                f"subspace is a {type(self.subspace).__name__}, from which no basis can be had. Give a Subspace, a "
+                "path, or "
+                "a Hub id."
             )
         if self.r != "auto" and (not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1):
             raise ConfigError(f"r={self.r!r} is no rank. Give a positive integer or 'auto'.")
@@ -124,7 +146,7 @@ class SaeSubspaceConfig(LoraConfig):
         """Return the configuration as data; a Subspace object becomes the name of its folder."""
         plain = copy.copy(self)
         if isinstance(self.subspace, Subspace):
-            plain.subspace = SUBSPACE_FOLDER
+            plain.subspace = BESIDE
         return dict(LoraConfig.to_dict(plain))
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -139,12 +161,21 @@ class SaeSubspaceConfig(LoraConfig):
         if subspace is not None:
             subspace.save_pretrained(Path(save_directory) / SUBSPACE_FOLDER)
             plain = copy.copy(self)
-            plain.subspace = SUBSPACE_FOLDER
+            plain.subspace = BESIDE
         super(SaeSubspaceConfig, plain).save_pretrained(save_directory, **kwargs)
 
     def remember_subspace(self, subspace: Subspace) -> None:
         """Keep the Subspace that the adapter was built from, so that it can be saved along with it."""
         self._used_subspace = subspace
+
+    def forget_automatic_ranks(self) -> None:
+        """Put back `r="auto"` where an earlier injection replaced it and nobody has set `r` since."""
+        if self.basis_record is None or self.basis_record["automatic_r"] != self.r:
+            return
+        modules = self.basis_record["modules"]
+        pattern: dict[str, int] = vars(self)["rank_pattern"]
+        self.rank_pattern = {name: rank for name, rank in pattern.items() if name not in modules}
+        self.r = "auto"
 
     def _subspace_to_save(self) -> Subspace | None:
         """The Subspace that goes along with an adapter; a mere path in a config stays a path."""
@@ -167,7 +198,7 @@ class SaeSubspaceConfig(LoraConfig):
         """Read a configuration as PEFT does; an adapter's own Subspace is found beside it."""
         config: SaeSubspaceConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         beside = Path(pretrained_model_name_or_path, subfolder or "", SUBSPACE_FOLDER)
-        if config.subspace == SUBSPACE_FOLDER and beside.is_dir():
+        if config.subspace == BESIDE and beside.is_dir():
             config.subspace = str(beside)
         return config
 
@@ -181,12 +212,13 @@ def _check_record(record: Any) -> None:
     """Refuse a record that injection did not write: it comes from a file, and decides what is frozen."""
     if record is None:
         return
-    entries: dict[str, Any] = {"side": str, "hook_name": (str, type(None)), "basis": int, "filled": int}
     try:
-        known = set(record) == {"digest", "modules"} and isinstance(record["digest"], (str, type(None)))
+        known = set(record) == {"digest", "model", "automatic_r", "modules"}
+        known = known and isinstance(record["digest"], (str, type(None))) and isinstance(record["model"], dict)
+        known = known and isinstance(record["automatic_r"], (int, type(None)))
         for name, entry in record["modules"].items():
-            known = known and isinstance(name, str) and set(entry) == set(entries) and entry["side"] in _SIDES
-            known = known and all(isinstance(entry[key], kind) for key, kind in entries.items())
+            known = known and isinstance(name, str) and set(entry) == set(RECORD_ENTRIES) and entry["side"] in _SIDES
+            known = known and all(isinstance(entry[key], kind) for key, kind in RECORD_ENTRIES.items())
     except (TypeError, KeyError, AttributeError):
         known = False
     if not known:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from torch import nn
 
 from ..errors import ConfigError
-from .config import SaeSubspaceConfig
-from .plan import InjectionPlan, ModulePlan, make_plan
+from .config import NO_BASIS, SaeSubspaceConfig
+from .plan import InjectionPlan, ModulePlan, describe_model, make_plan
+from .resolve import resolve_subspace
 
 
 class SaeSubspaceModel(LoraModel):
@@ -38,17 +40,25 @@ class SaeSubspaceModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Plan every module's basis, then inject as LoRA does and put the bases in place."""
         config = self.peft_config[adapter_name]
-        if not isinstance(config, SaeSubspaceConfig):  # an ordinary LoRA adapter beside ours
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            return
+        if not isinstance(config, SaeSubspaceConfig):
+            raise ConfigError(
+                f"The configuration of {adapter_name!r} is a {type(config).__module__}.{type(config).__name__}, made "
+                "by "
+                "another package or before peft_sae was imported anew. Make it again with SaeSubspaceConfig."
+            )
         before = dict(config.__dict__)
-        plan = make_plan(config, model, self._find_targets(config, model))
-        self._adopt_plan(config, plan)
-        self._plans: dict[str, dict[str, ModulePlan]] = {**getattr(self, "_plans", {}), adapter_name: plan.modules}
+        subspace = resolve_subspace(config)
+        if subspace is not None:
+            config.forget_automatic_ranks()
         try:
+            plan = make_plan(config, model, self._find_targets(config, model), subspace)
+            self._adopt_plan(config, plan)
+            self._plans: dict[str, dict[str, ModulePlan]] = {**getattr(self, "_plans", {}), adapter_name: plan.modules}
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
+            config.__dict__.clear()
             config.__dict__.update(before)
+            getattr(self, "_plans", {}).pop(adapter_name, None)
             raise
 
     def _find_targets(self, config: SaeSubspaceConfig, model: nn.Module) -> list[str]:
@@ -82,7 +92,8 @@ class SaeSubspaceModel(LoraModel):
     def _adopt_plan(config: SaeSubspaceConfig, plan: InjectionPlan) -> None:
         """Write into the configuration what was decided, so that loading needs no Subspace."""
         ranks = {name: module.rank for name, module in plan.modules.items()}
-        if config.r == "auto":
+        automatic = config.r == "auto"
+        if automatic:
             config.r = max(ranks.values(), default=1)
             unequal = {name: rank for name, rank in ranks.items() if rank != config.r}
             config.rank_pattern = {**config.rank_pattern, **unequal}
@@ -90,10 +101,16 @@ class SaeSubspaceModel(LoraModel):
             config.target_modules = set(ranks)
         if plan.subspace is not None:
             modules = {name: module.to_record() for name, module in plan.modules.items()}
-            config.basis_record = {"digest": plan.subspace.digest, "modules": modules}
+            model = describe_model(plan.subspace)
+            config.basis_record = {
+                "digest": plan.subspace.digest,
+                "model": model,
+                "automatic_r": config.r if automatic else None,
+                "modules": modules,
+            }
             config.remember_subspace(plan.subspace)
         elif config.basis_record is None:
-            config.basis_record = {"digest": None, "modules": {}}
+            config.basis_record = copy.deepcopy(NO_BASIS)
 
     def _create_and_replace(
         self,
@@ -115,14 +132,53 @@ class SaeSubspaceModel(LoraModel):
         freeze_basis(layer, adapter_name, plan.side if lora_config.freeze_basis else "none")
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """Cast as PEFT does; a basis that had passed through a lower precision is written again exactly."""
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        plans = getattr(self, "_plans", {}).pop(adapter_name, {})
-        for name, plan in plans.items():
+        """Cast as PEFT does; a basis that had passed through a lower precision is written again exactly.
+
+        Weights that were loaded in the meantime are not the basis any more, and stay.
+        """
+        fresh = {}
+        for name, plan in getattr(self, "_plans", {}).pop(adapter_name, {}).items():
             layer = self.model.get_submodule(name)
-            if plan.rows is not None and isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
-                neutral = bool(self.peft_config[adapter_name].init_lora_weights)
-                write_basis(layer, adapter_name, plan, neutral=neutral)
+            if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A and holds_basis(layer, adapter_name, plan):
+                fresh[layer] = plan
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        for layer, plan in fresh.items():
+            write_basis(layer, adapter_name, plan, neutral=False)
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any) -> None:
+        """Combine adapters as LoRA does. The result has no basis of its own, and nothing in it is frozen.
+
+        PEFT copies the first adapter's configuration for it, which would claim that adapter's basis.
+        """
+        first = self.peft_config[adapters[0]] if adapters and adapters[0] in self.peft_config else None
+        known = adapter_name in self.peft_config
+        if isinstance(first, SaeSubspaceConfig):
+            self.peft_config[adapters[0]] = replace(
+                first,
+                subspace=None,
+                freeze_basis=False,
+                layer_map="nearest",
+                sides=None,
+                basis_record=copy.deepcopy(NO_BASIS),
+            )
+        try:
+            super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
+        except Exception:
+            if not known:
+                self.peft_config.pop(adapter_name, None)
+            raise
+        finally:
+            if first is not None:
+                self.peft_config[adapters[0]] = first
+
+
+def holds_basis(layer: LoraLayer, adapter_name: str, plan: ModulePlan) -> bool:
+    """Return whether a layer's factor is the planned basis, up to the factor's precision."""
+    if plan.rows is None:
+        return False
+    factor = (layer.lora_A if plan.side == "read" else layer.lora_B)[adapter_name].weight
+    rows = plan.rows if plan.side == "read" else plan.rows.T
+    return not factor.is_meta and torch.equal(factor.detach().cpu(), rows.to(factor.dtype))
 
 
 @torch.no_grad()

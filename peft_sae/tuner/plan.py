@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +17,14 @@ from ..errors import ConfigError, MismatchError
 from ..layout import BlockLayout, ModuleRole
 from ..subspace import Subspace, SubspaceSite
 from .basis import NormGain, fill_rows, measure_norm, orthonormal_rows, through_norm
-from .config import SaeSubspaceConfig
-from .resolve import resolve_subspace
+from .config import RECORD_ENTRIES, SaeSubspaceConfig
 from .sites import nearest_site, own_sites, sites_of_role
 
 logger = logging.getLogger(__name__)
+
+# What LoRA adapts beside linear modules (`peft.tuners.lora.layer.dispatch_default`).
+_PLAIN_TYPES = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+_MODEL_ENTRIES = ("model_type", "hidden_size", "num_hidden_layers")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class ModulePlan:
         hook_name: hook point that its basis comes from; None for plain LoRA.
         basis: number of its directions that come from features.
         filled: number of its directions that do not.
+        dropped: number of the basis' directions, the least important ones, that its rank has no room for.
         rows: the directions, float32 [rank, width]; None if there is nothing to initialise.
     """
 
@@ -42,11 +46,12 @@ class ModulePlan:
     hook_name: str | None = None
     basis: int = 0
     filled: int = 0
+    dropped: int = 0
     rows: torch.Tensor | None = None
 
     def to_record(self) -> dict[str, Any]:
         """Return what is worth keeping, as JSON-serialisable data."""
-        return {"side": self.side, "hook_name": self.hook_name, "basis": self.basis, "filled": self.filled}
+        return {name: getattr(self, name) for name in RECORD_ENTRIES}
 
 
 @dataclass(frozen=True)
@@ -62,22 +67,44 @@ class InjectionPlan:
     modules: dict[str, ModulePlan]
 
 
-def make_plan(config: SaeSubspaceConfig, model: nn.Module, targets: Iterable[str]) -> InjectionPlan:
+def make_plan(
+    config: SaeSubspaceConfig, model: nn.Module, targets: Iterable[str], subspace: Subspace | None
+) -> InjectionPlan:
     """Plan every target module, changing neither the model nor the configuration.
 
     Args:
         config: the adapter's configuration.
         model: the base model.
         targets: names of the target modules.
+        subspace: from `resolve_subspace`.
 
     Raises:
-        ConfigError, MismatchError, ArtifactError: the configuration cannot be carried out.
+        ConfigError, MismatchError: the configuration cannot be carried out.
     """
-    subspace = resolve_subspace(config)
+    record = config.basis_record or {"model": {}, "modules": {}}
+    _check_model(model, record["model"] if subspace is None else subspace.model)
     if subspace is not None:
-        return InjectionPlan(subspace, _Planner(config, model, subspace).plan(targets))
-    record = (config.basis_record or {}).get("modules", {})
-    return InjectionPlan(None, {name: _from_record(config, name, record.get(name)) for name in targets})
+        return InjectionPlan(subspace, _Planner(config, model, subspace).plan(list(targets)))
+    return InjectionPlan(None, {name: _from_record(config, name, record["modules"].get(name)) for name in targets})
+
+
+def describe_model(subspace: Subspace) -> dict[str, Any]:
+    """Return what must agree between the model of a Subspace and the model of an adapter."""
+    return {name: subspace.model[name] for name in _MODEL_ENTRIES if subspace.model.get(name)}
+
+
+def _check_model(model: nn.Module, expected: Mapping[str, Any]) -> None:
+    """Refuse a model of another architecture or depth, in which the directions would mean nothing."""
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in _MODEL_ENTRIES:
+        found = {getattr(part, name, None) for part in (config, text_config)} - {None}
+        if expected.get(name) and found and expected[name] not in found:
+            raise MismatchError(
+                f"The Subspace was built on a model with {name}={expected[name]!r}, and this one has "
+                f"{' or '.join(map(repr, sorted(found, key=str)))}: its directions would mean nothing here. Use a "
+                "Subspace of this model, or the model that the adapter was trained on."
+            )
 
 
 def _from_record(config: SaeSubspaceConfig, name: str, entry: Mapping[str, Any] | None) -> ModulePlan:
@@ -86,8 +113,7 @@ def _from_record(config: SaeSubspaceConfig, name: str, entry: Mapping[str, Any] 
         raise ConfigError(
             "r='auto' needs the Subspace that the ranks come from, and it is not there. Give it or a number."
         )
-    entry = entry or {"side": "none", "hook_name": None, "basis": 0, "filled": 0}
-    return ModulePlan(side=entry["side"], rank=rank, **{key: entry[key] for key in ("hook_name", "basis", "filled")})
+    return ModulePlan(rank=rank, **(entry or {"side": "none"}))
 
 
 def _asked_rank(config: SaeSubspaceConfig, name: str) -> int | None:
@@ -107,7 +133,8 @@ class _Planner:
         self._norms: dict[str, NormGain | None] = {}
         self._rows: dict[tuple[str, str, str | None], torch.Tensor] = {}
 
-    def plan(self, targets: Iterable[str]) -> dict[str, ModulePlan]:
+    def plan(self, targets: Sequence[str]) -> dict[str, ModulePlan]:
+        self._check_sides(targets)
         plans, alone = {}, []
         for name in targets:
             plan = self._plan_module(name, self._model.get_submodule(name))
@@ -116,7 +143,32 @@ class _Planner:
             else:
                 plans[name] = plan
         self._check_left_alone(plans, alone)
+        self._tell_dropped(plans)
         return plans
+
+    def _check_sides(self, targets: Sequence[str]) -> None:
+        for key in self._config.sides or {}:
+            if targets and not any(name == key or name.endswith(f".{key}") for name in targets):
+                raise ConfigError(
+                    f"sides names {key!r}, which is the end of no target's name, so it would have no effect. Targets "
+                    "end "
+                    f"in {sorted({name.split('.')[-1] for name in targets})}."
+                )
+
+    @staticmethod
+    def _tell_dropped(plans: Mapping[str, ModulePlan]) -> None:
+        short = {name: plan for name, plan in plans.items() if plan.dropped}
+        if short:
+            plan = max(short.values(), key=lambda plan: plan.dropped)
+            logger.warning(
+                "r=%d keeps %d of the %d directions of the basis at %s (%d modules are cut like that); the least "
+                "important are left out. Use r='auto' or a larger r to keep all.",
+                plan.rank,
+                plan.basis,
+                plan.basis + plan.dropped,
+                plan.hook_name,
+                len(short),
+            )
 
     def _check_left_alone(self, plans: Mapping[str, ModulePlan], alone: list[str]) -> None:
         if not alone:
@@ -124,12 +176,12 @@ class _Planner:
         sites = [site.sae.hook_name for site in self._subspace.sites]
         if not plans or self._config.layers_to_transform is not None:
             raise MismatchError(
-                f"layer_map='exact', and the target {alone[0]!r} has no SAE in its own block: the Subspace has "
-                f"{sites}. Use layer_map='nearest', or target only blocks with an SAE."
+                f"layer_map='exact', and the target {alone[0]!r} touches none of the Subspace's sites {sites} within "
+                "its "
+                "block. What a block leaves in resid_post is read by the next block, and written by its own. Use "
+                "layer_map='nearest', or target blocks that touch a site."
             )
-        logger.info(
-            "layer_map='exact' leaves %d modules alone whose blocks have no SAE (%s ...).", len(alone), alone[0]
-        )
+        logger.info("layer_map='exact' leaves %d modules alone that touch no site (%s ...).", len(alone), alone[0])
 
     def _plan_module(self, name: str, module: nn.Module) -> ModulePlan | None:
         if isinstance(module, BaseTunerLayer):
@@ -155,6 +207,10 @@ class _Planner:
 
     def _plain(self, name: str, module: nn.Module) -> ModulePlan:
         """A module that no basis belongs to: plain LoRA."""
+        if _width(module, "read") is None and not isinstance(module, _PLAIN_TYPES):
+            raise ConfigError(
+                f"Target {name!r} is a {type(module).__name__}, which LoRA cannot adapt. Take it out of target_modules."
+            )
         rank = _asked_rank(self._config, name)
         if self._config.freeze_basis:
             raise ConfigError(
@@ -231,6 +287,12 @@ class _Planner:
                     "Subspace of this model, or norm_gain=False."
                 ) from error
             self._norms[name] = measure_norm(norm, width)
+            if self._norms[name] is None:
+                raise ConfigError(
+                    f"The norm {name!r} is on the meta device while modules behind it are not, so its gain cannot be "
+                    "had. "
+                    "Load the model without offloading, or use norm_gain=False."
+                )
         return self._norms[name]
 
     def _fit_rank(self, name: str, role: ModuleRole, site: SubspaceSite, rows: torch.Tensor | None) -> ModulePlan:
@@ -254,6 +316,7 @@ class _Planner:
             hook_name=site.sae.hook_name,
             basis=min(rank, found),
             filled=missing,
+            dropped=max(0, found - rank),
             rows=None if rows is None else rows[:rank].float(),
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import peft
 from packaging.version import Version
 from peft import PeftType
+from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import UnsupportedPeftError
@@ -32,6 +33,14 @@ def check_peft() -> None:
         "BaseTunerLayer.frozen_peft_weight_names": hasattr(BaseTunerLayer, "frozen_peft_weight_names"),
         "LoraModel._create_and_replace": hasattr(peft.LoraModel, "_create_and_replace"),
         "LoraModel._cast_adapter_dtype": hasattr(peft.LoraModel, "_cast_adapter_dtype"),
+        "LoraModel._prepare_adapter_config": hasattr(peft.LoraModel, "_prepare_adapter_config"),
+        "LoraModel._check_target_module_exists": hasattr(peft.LoraModel, "_check_target_module_exists"),
+        "LoraModel.add_weighted_adapter": hasattr(peft.LoraModel, "add_weighted_adapter"),
+        "BaseTunerLayer._freeze_non_trainable_peft_weights": hasattr(
+            BaseTunerLayer, "_freeze_non_trainable_peft_weights"
+        ),
+        "tuners_utils._maybe_include_all_linear_layers": hasattr(tuners_utils, "_maybe_include_all_linear_layers"),
+        "peft.utils.other.get_pattern_key": hasattr(peft.utils.other, "get_pattern_key"),
         "peft.utils.register_peft_method": hasattr(peft.utils, "register_peft_method"),
     }
     missing = [name for name, there in needed.items() if not there]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..errors import ArtifactError, ConfigError, MissingSubspaceWarning
 from ..subspace import Subspace
-from .config import SUBSPACE_FOLDER, SaeSubspaceConfig
+from .config import BESIDE, SaeSubspaceConfig
 
 
 def resolve_subspace(config: SaeSubspaceConfig) -> Subspace | None:
@@ -27,14 +27,13 @@ def resolve_subspace(config: SaeSubspaceConfig) -> Subspace | None:
         if not config.inference_mode:
             _warn_missing("No subspace is given")
         return None
-    if record is not None and config.subspace == SUBSPACE_FOLDER and not Path(SUBSPACE_FOLDER).is_dir():
-        # "Beside the configuration", where it is not; as the name of a Hub repository it would mean somebody else's.
+    if record is not None and config.subspace == BESIDE and not Path(BESIDE).is_dir():
         _warn_missing("The adapter's own Subspace is not beside its configuration")
         return None
     subspace = _read(config)
     if subspace is None or record is None or record["digest"] in (None, subspace.digest):
         return subspace
-    if config.subspace == SUBSPACE_FOLDER:  # a folder of that name that belongs to something else
+    if config.subspace == BESIDE:  # a folder of that name that belongs to something else
         _warn_missing("The adapter's own Subspace is not beside its configuration")
         return None
     raise ConfigError(

@@ -1,12 +1,13 @@
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForSequenceClassification
 
 from peft_sae import SaeSubspaceConfig, export_lora, merge_checkpoint
 from peft_sae.errors import ArtifactError, ConfigError, MismatchError
@@ -171,20 +172,60 @@ def test_a_damaged_adapter_is_refused_and_nothing_is_written(trained, tmp_path, 
 
 def test_outputs_that_would_destroy_something_are_refused(trained, tmp_path):
     base, adapter, _ = trained()
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("precious")
+    run = tmp_path / "run"  # as the Trainer leaves it: an adapter with checkpoints beside its files
+    shutil.copytree(adapter, run / "checkpoint-5")
+    (run / "adapter_config.json").write_text("{}")
+    (run / "config.json").write_text("{}")
+    before = sorted(path for path in tmp_path.rglob("*"))
 
-    with pytest.raises(ConfigError, match="is the adapter itself"):
-        export_lora(adapter, adapter)
-    with pytest.raises(ConfigError, match="is also an input"):
-        merge_checkpoint(base, adapter, base)
-    for export in (
-        lambda: export_lora(adapter, tmp_path / "mine"),
-        lambda: merge_checkpoint(base, adapter, tmp_path / "mine"),
-    ):
-        with pytest.raises(ArtifactError, match="would destroy what it holds"):
-            export()
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    for output in (run, adapter, base, tmp_path):
+        for export in (export_lora, lambda adapter, output: merge_checkpoint(base, adapter, output)):
+            with pytest.raises(ArtifactError, match="writing there would destroy it"):
+                export(run / "checkpoint-5", output)
+
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("change", [{"num_hidden_layers": 2}, {"num_hidden_layers": 4}, {"family": "mistral"}])
+@pytest.mark.parametrize("kind", ["ours", "lora"])
+def test_a_base_of_another_depth_or_architecture_is_refused(trained, tmp_path, change, kind):
+    _, adapter, _ = trained()
+    if kind == "lora":
+        export_lora(adapter, tmp_path / "lora")
+        adapter = tmp_path / "lora"
+        if "family" in change:
+            pytest.skip("a plain LoRA adapter does not say what it was trained on")
+    sizes = {name: value for name, value in change.items() if name != "family"}
+    make_model(change.get("family", "llama"), **sizes).save_pretrained(tmp_path / "other")
+
+    with pytest.raises(MismatchError, match="does not fit the base"):
+        merge_checkpoint(tmp_path / "other", adapter, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_classifier_keeps_its_head(tmp_path):
+    config = make_model().config
+    config.num_labels = 3
+    model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="SEQ_CLS"))
+    adapted.save_pretrained(tmp_path / "adapter")
+
+    merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged")
+
+    merged = LlamaForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert torch.equal(merged.score.weight, adapted.get_base_model().score.modules_to_save["default"].weight)
+
+
+def test_merging_into_shards(trained, tmp_path):
+    base, adapter, expected = trained()
+
+    merge_checkpoint(base, adapter, tmp_path / "merged", max_shard_size="20KB")
+
+    assert len(list((tmp_path / "merged").glob("model-*.safetensors"))) > 1
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected, rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_base_that_does_not_fit_is_refused(trained, tmp_path):

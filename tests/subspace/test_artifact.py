@@ -53,9 +53,17 @@ def test_hub_repository_is_downloaded(subspace, tmp_path, monkeypatch, inner):
     assert asked == ["someone/refusal"]
 
 
-@pytest.mark.parametrize("name", ["someone/refusal", "no such folder/at/all"])
+@pytest.mark.parametrize("name", ["someone/refusal", "not a name"])
 def test_neither_folder_nor_repository_is_an_artifact_error(name):
     with pytest.raises(ArtifactError, match=rf"'{name}' is no folder here, and cannot be had from the Hub"):
+        Subspace.from_pretrained(name)
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./subspace", "outputs/job/subspace"])
+def test_a_path_is_never_asked_for_on_the_hub(name, monkeypatch):
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+
+    with pytest.raises(ArtifactError, match=rf"no folder '{name.removeprefix('./')}' \(the working directory is"):
         Subspace.from_pretrained(name)
 
 

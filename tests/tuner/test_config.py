@@ -55,7 +55,7 @@ def test_a_subspace_object_goes_along_when_the_config_is_saved(tmp_path, subspac
 def test_a_config_with_a_subspace_is_json_and_survives_copies(subspace):
     config = SaeSubspaceConfig(subspace=subspace, r="auto")
 
-    assert json.loads(json.dumps(config.to_dict(), default=str))["subspace"] == "subspace"
+    assert json.loads(json.dumps(config.to_dict(), default=str))["subspace"] == "./subspace"
     assert copy.deepcopy(config).subspace.digest == subspace.digest
     assert pickle.loads(pickle.dumps(config)).subspace.digest == subspace.digest
 
@@ -70,7 +70,7 @@ def test_a_config_with_a_subspace_is_json_and_survives_copies(subspace):
         ({"fill": "ones"}, "fill='ones' is unknown"),
         ({"freeze_basis": "yes"}, "freeze_basis='yes' is neither true nor false"),
         ({"sides": {"q_proj": "up"}}, r"sides\['q_proj'\]='up' is unknown"),
-        ({"subspace": 3}, "subspace=3 is a int"),
+        ({"subspace": 3}, "subspace is a int, from which no basis can be had"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora' and subspace both"),
         ({"layer_replication": [(0, 1)]}, "layer_replication changes which block is which"),
         ({"subspace": None, "freeze_basis": True}, "freeze_basis=True needs a basis"),
@@ -82,16 +82,26 @@ def test_bad_values_are_refused(fields, message):
         SaeSubspaceConfig(**{"subspace": "somewhere", **fields})
 
 
+ENTRY = {"side": "read", "hook_name": None, "basis": 1, "filled": 0, "dropped": 0}
+RECORD = {"digest": "0", "model": {}, "automatic_r": None, "modules": {"q": ENTRY}}
+
+
+def test_a_record_as_injection_writes_it_is_accepted():
+    assert SaeSubspaceConfig(basis_record=RECORD).basis_record == RECORD
+
+
 @pytest.mark.parametrize(
     "record",
     [
         [],
         {"digest": "0"},
-        {"digest": 0, "modules": {}},
-        {"digest": "0", "modules": []},
-        {"digest": "0", "modules": {"q": {}}},
-        {"digest": "0", "modules": {"q": {"side": "up", "hook_name": None, "basis": 1, "filled": 0}}},
-        {"digest": "0", "modules": {"q": {"side": "read", "hook_name": 3, "basis": 1, "filled": 0}}},
+        {**RECORD, "digest": 0},
+        {**RECORD, "model": None},
+        {**RECORD, "automatic_r": "8"},
+        {**RECORD, "modules": []},
+        {**RECORD, "modules": {"q": {}}},
+        {**RECORD, "modules": {"q": {**ENTRY, "side": "up"}}},
+        {**RECORD, "modules": {"q": {**ENTRY, "hook_name": 3}}},
     ],
 )
 def test_a_record_that_injection_did_not_write_is_refused(record):

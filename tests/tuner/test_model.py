@@ -386,11 +386,149 @@ def test_a_saved_config_is_a_template_for_a_new_adapter(tmp_path):
     config.inference_mode = False
     second = get_peft_model(make_model(), config)
 
-    for name, layer in layers(second).items():
-        fresh = layers(adapt(make_model()))[name]
-        assert torch.equal(layer.lora_A["default"].weight, fresh.lora_A["default"].weight)
-        assert torch.equal(layer.lora_B["default"].weight, fresh.lora_B["default"].weight)
-        break
+    fresh = adapt(make_model(), freeze_basis=True)
+    for (name, mine), expected in zip(second.named_parameters(), fresh.parameters(), strict=True):
+        if "lora_A" in name or ("lora_B" in name and re.search("o_proj|down_proj", name)):
+            assert torch.equal(mine, expected), name
+        assert mine.requires_grad is expected.requires_grad
+
+
+def test_automatic_ranks_are_found_anew_when_a_config_is_used_again():
+    model = make_model()
+    subspace = make_subspace(model, {"blocks.0.hook_resid_post": 2, "blocks.1.hook_resid_post": 5})
+    config = SaeSubspaceConfig(subspace=subspace, r="auto", target_modules=["q_proj"])
+    get_peft_model(model, config)
+    config.target_modules = {"k_proj"}
+
+    again = get_peft_model(make_model(), config)
+
+    record = again.peft_config["default"].basis_record["modules"]
+    assert [(entry["basis"], entry["filled"], entry["dropped"]) for entry in record.values()] == [
+        (2, 0, 0),
+        (2, 0, 0),
+        (5, 0, 0),
+    ]
+
+
+def test_a_rank_that_the_user_sets_later_is_kept():
+    model = make_model()
+    config = SaeSubspaceConfig(subspace=make_subspace(model), r="auto", target_modules=["q_proj"])
+    get_peft_model(model, config)
+    config.r = 2
+
+    again = get_peft_model(make_model(), config)
+
+    assert {layer.r["default"] for layer in layers(again).values()} == {2}
+
+
+def test_the_users_rank_pattern_goes_before_the_automatic_rank():
+    adapted = adapt(make_model(), target_modules=["q_proj", "v_proj"], rank_pattern={"layers.0.self_attn.q_proj": 2})
+
+    assert [layer.r["default"] for layer in layers(adapted).values()] == [2, 4, 4, 4, 4, 4]
+    assert adapted.peft_config["default"].rank_pattern["layers.0.self_attn.q_proj"] == 2
+
+
+def test_directions_that_do_not_fit_the_rank_are_told_and_recorded(caplog):
+    adapted = adapt(make_model(), r=3, target_modules=["q_proj"])
+
+    assert "r=3 keeps 3 of the 4 directions" in caplog.text
+    record = adapted.peft_config["default"].basis_record["modules"]
+    assert {(entry["basis"], entry["dropped"]) for entry in record.values()} == {(3, 1)}
+
+
+@pytest.mark.parametrize("kind", ["linear", "cat", "svd"])
+def test_weighted_adapters_are_what_lora_makes_of_the_same_factors(kind, tmp_path):
+    """The same factors in plain LoRA adapters, combined by PEFT, give the same logits."""
+    adapted = adapt(make_model(), r=3, freeze_basis=True, target_modules=["q_proj", "o_proj"])
+    other = SaeSubspaceConfig(subspace=make_subspace(adapted, seed=5), r=3, target_modules=["q_proj", "o_proj"])
+    adapted.add_adapter("other", other)
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+    plain = {"r": 3, "target_modules": ["q_proj", "o_proj"]}
+    lora = get_peft_model(make_model(), LoraConfig(**plain, task_type="CAUSAL_LM"))
+    lora.add_adapter("other", LoraConfig(**plain))
+    lora.load_state_dict(adapted.state_dict())
+
+    for model in (adapted, lora):
+        model.add_weighted_adapter(["default", "other"], [0.7, 0.5], "both", combination_type=kind)
+        model.set_adapter("both")
+
+    torch.testing.assert_close(logits(adapted), logits(lora), rtol=1e-4, atol=1e-4)
+    config = adapted.peft_config["both"]
+    assert (config.subspace, config.freeze_basis, config.basis_record["digest"]) == (None, False, None)
+    assert adapted.peft_config["default"].freeze_basis
+    assert all(p.requires_grad for n, p in adapted.named_parameters() if "lora_" in n and ".both." in n)
+    before = logits(adapted)
+    adapted.save_pretrained(tmp_path, selected_adapters=["both"])
+    adapted.load_adapter(tmp_path / "both", "both")
+    assert torch.equal(logits(adapted), before)
+
+
+def test_a_failed_combination_leaves_no_name_behind():
+    adapted = adapt(make_model(), target_modules=["q_proj"])
+    adapted.add_adapter("other", SaeSubspaceConfig(subspace=make_subspace(adapted), r=2, target_modules=["v_proj"]))
+
+    with pytest.raises(ValueError, match="combination_type"):
+        adapted.add_weighted_adapter(["default", "other"], [1.0, 1.0], "both", combination_type="stir")
+    assert set(adapted.peft_config) == {"default", "other"}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"lora_dropout": 0.5},
+        {"modules_to_save": ["lm_head"]},
+        {"alpha_pattern": {"q_proj": 3}},
+        {"exclude_modules": ["v_proj"]},
+        {"target_modules": r".*\.1\.self_attn\.[qo]_proj"},
+        {"target_modules": None},
+    ],
+    ids=str,
+)
+def test_step_zero_holds_with_loras_options(fields):
+    model = make_model()
+    before = logits(model)
+
+    adapted = adapt(model, **fields).eval()
+
+    assert torch.equal(logits(adapted), before)
+
+
+def test_init_lora_weights_false_leaves_the_other_factor_random():
+    adapted = adapt(make_model(), init_lora_weights=False, norm_gain=False, target_modules=["q_proj", "o_proj"])
+
+    attention = adapted.get_base_model().model.layers[1].self_attn
+    basis = adapted.peft_config["default"].subspace.sites[0].basis
+    torch.testing.assert_close(attention.q_proj.lora_A["default"].weight, basis, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attention.o_proj.lora_B["default"].weight.T, basis, rtol=1e-5, atol=1e-6)
+    assert attention.q_proj.lora_B["default"].weight.abs().min() > 0
+    assert attention.o_proj.lora_A["default"].weight.abs().min() > 0
+
+
+def test_a_config_of_another_import_is_refused():
+    config = SaeSubspaceConfig(subspace=make_subspace(make_model()), r=2, target_modules=["q_proj"])
+    config.__class__ = type("SaeSubspaceConfig", (LoraConfig,), {"__module__": "an.earlier.import"})
+
+    with pytest.raises(ConfigError, match="before peft_sae was imported anew"):
+        get_peft_model(make_model(), config)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [("mistral", {}), ("gemma2", {}), ("llama", {"num_hidden_layers": 2})], ids=str
+)
+def test_a_subspace_of_another_model_is_refused(family, changes):
+    with pytest.raises(MismatchError, match="was built on a model with"):
+        adapt(make_model(family, **changes), subspace=make_subspace(make_model()), target_modules=["q_proj"])
+
+
+def test_an_adapter_of_another_model_is_refused_when_loaded(tmp_path):
+    adapt(make_model(), target_modules=["q_proj"]).save_pretrained(tmp_path)
+
+    with pytest.raises(MismatchError, match="model_type='llama', and this one has 'mistral'"):
+        PeftModel.from_pretrained(make_model("mistral"), tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -537,13 +675,12 @@ BAD = [
     (
         {"layer_map": "exact", "target_modules": ["q_proj"], "layers_to_transform": [0]},
         MismatchError,
-        "layer_map='exact', and the target 'model.layers.0.self_attn.q_proj' has no SAE in its own block",
+        "layer_map='exact', and the target 'model.layers.0.self_attn.q_proj' touches none of the Subspace's sites",
     ),
-    (
-        {"sides": {"q_proj": "write"}, "target_modules": ["k_proj"], "subspace": "no/where"},
-        ArtifactError,
-        "no folder here",
-    ),
+    ({"subspace": "no/where"}, ArtifactError, "no folder here"),
+    ({"sides": {"q_prj": "none"}}, ConfigError, "sides names 'q_prj', which is the end of no target's name"),
+    ({"target_modules": ["q_proj", "input_layernorm"]}, ConfigError, "LlamaRMSNorm, which LoRA cannot adapt"),
+    ({"target_parameters": ["q_proj.weight"], "target_modules": []}, ConfigError, "target_parameters=.* get none"),
 ]
 
 
@@ -551,11 +688,16 @@ BAD = [
 def test_what_cannot_work_is_refused_and_leaves_the_model_as_it_was(fields, error, message):
     model = make_model()
     modules = [name for name, _ in model.named_modules()]
+    fields = {"subspace": make_subspace(model), "r": "auto", "target_modules": "all-linear", **fields}
+    config = SaeSubspaceConfig(**fields)
+    before = copy.deepcopy({name: value for name, value in vars(config).items() if name != "subspace"})
 
     with pytest.raises(error, match=message):
-        adapt(model, **fields)
+        get_peft_model(model, config)
 
     assert [name for name, _ in model.named_modules()] == modules
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert {name: value for name, value in vars(config).items() if name != "subspace"} == before
 
 
 def test_a_subspace_of_another_width_is_refused():
