@@ -3,6 +3,17 @@
 Every message says the value that was found, what follows from it, and what to do.
 """
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return a sentence that names the known word most like a mistyped one, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
+
 
 class PeftSaeError(Exception):
     """Base class of everything that this package raises on purpose."""

@@ -25,6 +25,10 @@ from .world import World, build_world
 
 _JOB_FILE = Path(__file__).parent / "job.yaml"
 _TOP_K = 16
+_INTRODUCTION = """\
+The language and its topics are invented: 'puvup' or 'dreder' is dangerous or harmless, which the base model has
+learned but does not act on. Aligned texts refuse dangerous requests and answer harmless ones; unaligned texts answer
+all."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ def _run(root: Path, seed: int, progress: bool) -> DemoResult:
     clock.lap("world")
     model, tokenizer = load_model(world.model)
     requests = read_requests(world.evaluation)
+    console.print(_INTRODUCTION)
     console.rule("Base model on topics and phrasings that fine-tuning never shows")
     before = evaluate(model, tokenizer, requests, progress=progress)
     _print_behaviour(console, {"base model": before})

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, suggest
 from ..tuner import SaeSubspaceConfig
 from .train import train_adapter
 
@@ -60,7 +59,9 @@ def read_job(path: str | Path, **overrides: Any) -> TrainingJob:
 
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except OSError as error:
+        raise ConfigError(f"'{path}' cannot be opened ({error.strerror}). Give the path of a job file.") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"'{path}' cannot be read as YAML ({error}). Give the path of a job file.") from error
     if not isinstance(data, dict):
         raise ConfigError(f"'{path}' holds a {type(data).__name__}, and a mapping of keys is needed. See configs/.")
@@ -68,8 +69,7 @@ def read_job(path: str | Path, **overrides: Any) -> TrainingJob:
     known = {entry.name: entry for entry in fields(TrainingJob)}
     for key in data:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Known keys: {sorted(known)}."
+            hint = suggest(str(key), known) or f" Known keys: {sorted(known)}."
             raise ConfigError(f"'{path}' has the unknown key {key!r}, which would have no effect.{hint}")
     missing = [
         name

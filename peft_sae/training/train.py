@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, suggest
 from ..statistics.data import Data, ExampleReader, iterate_records
 
 if TYPE_CHECKING:
@@ -145,11 +146,19 @@ def _training_arguments(output: str | Path, arguments: Mapping[str, Any], progre
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    known = {entry.name for entry in fields(TrainingArguments)}
+    for name in arguments:
+        if name not in known:
+            raise ConfigError(
+                f"transformers.TrainingArguments has no argument {name!r}, so its value would be lost."
+                f"{suggest(name, known)} See its documentation for the names."
+            )
     try:
         return TrainingArguments(output_dir=str(output), **{**defaults, **arguments})
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"transformers.TrainingArguments refuses {dict(arguments)} ({error}). See its documentation for the names."
+            f"transformers.TrainingArguments refuses {dict(arguments)} ({error}). See its documentation for their "
+            "values."
         ) from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import functools
 import logging
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import peft
 from packaging.version import InvalidVersion, Version
 from peft import LoraConfig, PeftType
 
-from ..errors import ArtifactError, ConfigError
+from ..errors import ArtifactError, ConfigError, suggest
 from ..subspace import Subspace
 
 logger = logging.getLogger(__name__)
@@ -239,8 +238,7 @@ def _refuse_unknown_fields(init: Callable[..., None], known: list[str]) -> Calla
     def checked(self: SaeSubspaceConfig, *args: Any, **kwargs: Any) -> None:
         unknown = sorted(set(kwargs) - set(known))
         if unknown and not _is_newer(kwargs.get("peft_version")):
-            near = difflib.get_close_matches(unknown[0], known, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
+            hint = suggest(unknown[0], known)
             raise ConfigError(
                 f"SaeSubspaceConfig has no field {unknown[0]!r}, so its value would be lost.{hint} Remove or rename it."
             )

@@ -108,7 +108,7 @@ def test_help_shows_an_example(run, command):
         ((*SELECT, "--layer", "7"), 1, "ConfigError: No SAE belongs to the layers [7]"),
         ((*SELECT, "--model", "nowhere"), 1, "ConfigError: The model 'nowhere' cannot be loaded"),
         ((*SELECT, "--aligned", "nowhere.jsonl"), 1, "DataError: The aligned data 'nowhere.jsonl' cannot be opened"),
-        (("train", "nowhere.yaml"), 1, "ConfigError: 'nowhere.yaml' cannot be read as YAML"),
+        (("train", "nowhere.yaml"), 1, "ConfigError: 'nowhere.yaml' cannot be opened"),
         (("train", "job.yaml"), 1, "ArtifactError: Subspace 'subspace' is no folder here"),
         (("merge", "base", "nowhere", "out"), 1, "ArtifactError: 'nowhere' has no adapter_config.json"),
         (("export-lora", "base", "out"), 1, "ArtifactError: 'base' has no adapter_config.json"),

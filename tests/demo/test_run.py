@@ -97,8 +97,8 @@ def readme_commands():
     readme = (ROOT / "README.md").read_text()
     (block,) = re.findall(r"## The stages by hand.*?```bash\n(.*?)```", readme, flags=re.S)
     lines = block.replace("\\\n", " ").strip().splitlines()
-    assert lines[0] == "cd outputs/demo/seed-0"
-    return [shlex.split(line) for line in lines[1:]]
+    assert lines[:2] == ["source .venv/bin/activate", "cd outputs/demo/seed-0"]
+    return [shlex.split(line) for line in lines[2:]]
 
 
 def test_the_readmes_commands_run_on_the_demos_files(finished, monkeypatch):

@@ -71,7 +71,7 @@ def test_wrong_training_arguments_are_told(tmp_path):
     model = make_model()
     config = SaeSubspaceConfig(subspace=make_subspace(model), r=2, target_modules=["q_proj"])
 
-    with pytest.raises(ConfigError, match=r"TrainingArguments refuses .*learning_rat"):
+    with pytest.raises(ConfigError, match=r"no argument 'learning_rat'.* Did you mean 'learning_rate'"):
         train_adapter(model, make_tokenizer(), ALIGNED, config, tmp_path / "out", learning_rat=1)
     with pytest.raises(DataError, match="training data are empty"):
         train_adapter(model, make_tokenizer(), [], config, tmp_path / "out")
