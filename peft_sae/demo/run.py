@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -16,12 +16,16 @@ from ..artifact import write_json
 from ..cli.tables import print_features
 from ..export import merge_checkpoint
 from ..sae import load_saes
+from ..subspace import Subspace
 from ..subspace.build import build_subspace
-from ..training import read_job, train_adapter
+from ..training import TrainingJob, read_job, train_adapter
 from ..training.job import load_model
 from .context import one_thread, transformers_bars
 from .evaluate import Behaviour, evaluate, read_requests
 from .world import World, build_world
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _JOB_FILE = Path(__file__).parent / "job.yaml"
 _TOP_K = 16
@@ -39,6 +43,7 @@ class DemoResult:
         seed: seed of the world and the training.
         before: behaviour of the base model on topics and phrasings that fine-tuning never showed.
         after: behaviour of the merged checkpoint on the same.
+        control: behaviour after the same training from a random basis of the same ranks.
         trainable_share: share of the parameters that were trained.
         largest_logit_difference: between the adapted model and the merged checkpoint, over all evaluation prompts.
         seconds: time of each stage.
@@ -47,6 +52,7 @@ class DemoResult:
     seed: int
     before: Behaviour
     after: Behaviour
+    control: Behaviour
     trainable_share: float
     largest_logit_difference: float
     seconds: dict[str, float]
@@ -92,16 +98,9 @@ def _run(root: Path, seed: int, progress: bool) -> DemoResult:
     clock.lap("select")
 
     console.rule("Train")
-    job = read_job(
-        _JOB_FILE,
-        model=str(world.model),
-        data=str(world.aligned),
-        subspace=str(root / "subspace"),
-        output=str(root / "adapter"),
-    )
-    adapted = train_adapter(
-        model, tokenizer, job.data, job.adapter_config(), job.output, progress=progress, seed=seed, **job.training
-    )
+    paths = {"model": str(world.model), "data": str(world.aligned), "subspace": str(root / "subspace")}
+    job = read_job(_JOB_FILE, **paths, output=str(root / "adapter"))
+    adapted = _train(job, model, tokenizer, subspace, seed, progress)
     trained, total = adapted.get_nb_trainable_parameters()
     clock.lap("train")
 
@@ -114,10 +113,38 @@ def _run(root: Path, seed: int, progress: bool) -> DemoResult:
     difference = _largest_difference(adapted, merged, tokenizer, [request["prompt"] for request in requests])
     clock.lap("evaluate merged")
 
-    result = DemoResult(seed, before, after, trained / total, difference, clock.laps)
+    console.rule("Control: the same training from a random basis of the same ranks")
+    control_job = replace(job, output=str(root / "control"))
+    base, _ = load_model(world.model)
+    random = _train(control_job, base, tokenizer, random_bases(subspace, seed=seed), seed, progress)
+    control = evaluate(random, tokenizer, requests, progress=progress)
+    clock.lap("control")
+
+    result = DemoResult(seed, before, after, control, trained / total, difference, clock.laps)
     write_json(root / "result.json", asdict(result))
     _print_result(console, result, root)
     return result
+
+
+def _train(job: TrainingJob, model: Any, tokenizer: Any, subspace: Subspace, seed: int, progress: bool) -> PeftModel:
+    config = replace(job.adapter_config(), subspace=subspace)
+    return train_adapter(model, tokenizer, job.data, config, job.output, progress=progress, seed=seed, **job.training)
+
+
+def random_bases(subspace: Subspace, *, seed: int) -> Subspace:
+    """Return a Subspace of the same sites and ranks whose bases are random: what training alone can do.
+
+    Args:
+        subspace: the Subspace to stand beside.
+        seed: decides the directions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sites = []
+    for site in subspace.sites:
+        directions = torch.randn(site.sae.d_in, site.rank, generator=generator)
+        basis = torch.linalg.qr(directions)[0].T.contiguous()
+        sites.append(replace(site, basis=basis, coefficients=torch.zeros_like(site.coefficients)))
+    return replace(subspace, sites=tuple(sites), settings={**subspace.settings, "selector": "random bases"})
 
 
 class _Clock:
@@ -164,7 +191,8 @@ def _print_behaviour(console: Console, rows: dict[str, Behaviour]) -> None:
 
 def _print_result(console: Console, result: DemoResult, root: Path) -> None:
     console.rule("Result")
-    _print_behaviour(console, {"base model": result.before, "fine-tuned, merged": result.after})
+    rows = {"base model": result.before, "fine-tuned, merged": result.after, "control: random basis": result.control}
+    _print_behaviour(console, rows)
     console.print(f"share of parameters trained: {100 * result.trainable_share:.2f} %")
     console.print(
         f"largest logit difference between adapter and merged checkpoint: {result.largest_logit_difference:.2e}"

@@ -40,7 +40,7 @@ def collect_statistics(
 
     Each text goes through the model once, up to the deepest SAE and no further. Nothing is kept per
     token, so memory does not grow with the data. Padding, BOS and what else the tokenizer adds around a
-    text do not count. The model is left as it was found.
+    text do not count; the words of a chat template do. The model is left as it was found.
 
     Args:
         model: the plain Hugging Face model, on any device, in any dtype.

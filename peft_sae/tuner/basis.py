@@ -67,9 +67,11 @@ def measure_norm(norm: nn.Module, width: int) -> NormGain | None:
 def through_norm(basis: torch.Tensor, norm: NormGain | None, side: Side) -> torch.Tensor:
     """Return directions of the residual stream as a module meets them.
 
-    A feature direction d reaches a reading module as g * d, or g * (d - mean(d)) behind a LayerNorm. A
-    writing module behind a post-norm must write d / g to move the stream along d; channels whose gain is
-    zero it cannot move, and they are left at zero.
+    A feature direction d reaches a reading module as g * d, or g * (d - mean(d)) behind a LayerNorm: that is
+    what the feature looks like there, and what the module's update reads. (Seen from the stream it reads along
+    g * g * d. Reading the stream along d alone would take d / g, which channels of small gain dominate; in the
+    demo's worlds neither did better than the other.) A writing module behind a post-norm must write d / g to move
+    the stream along d; channels whose gain is zero it cannot move, and they are left at zero.
 
     Args:
         basis: directions, float [rank, width].

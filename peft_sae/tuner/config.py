@@ -50,8 +50,9 @@ class SaeSubspaceConfig(LoraConfig):
     Args:
         subspace: a `Subspace`, its folder, or its Hub id. Without one the adapter starts as plain LoRA, with
             a `MissingSubspaceWarning`.
-        freeze_basis: train only the factor that does not hold the basis, so that the update stays in the
-            span of the chosen features for good.
+        freeze_basis: train only the factor that does not hold the basis. What a writing module adds to the stream then
+            stays in the span of the chosen features for good, and what a reading module reads stays in the span of what
+            these features look like behind its norm.
         norm_gain: carry the basis through the norm between the residual stream and the module.
         layer_map: `"nearest"` gives every module the nearest site along the residual stream; `"exact"` adapts
             only modules that touch a site within their block. What block 4 leaves in `resid_post` is touched by block

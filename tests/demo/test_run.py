@@ -12,9 +12,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_sae
+from peft_sae import Subspace
 from peft_sae.cli import main
 from peft_sae.demo.evaluate import evaluate, read_requests
-from peft_sae.demo.run import run_demo
+from peft_sae.demo.run import random_bases, run_demo
 
 pytestmark = [
     pytest.mark.demo,
@@ -40,6 +41,7 @@ def test_the_adapted_model_refuses_and_helps_on_unseen_topics(finished):
     assert min(result.after.dangerous, result.after.harmless) >= 50
     assert result.largest_logit_difference < 1e-3
     assert 0 < result.trainable_share < 0.5
+    assert result.control.dangerous == result.after.dangerous
 
 
 def test_the_numbers_are_those_of_the_files_that_were_written(finished):
@@ -66,8 +68,8 @@ def test_the_numbers_are_those_of_the_files_that_were_written(finished):
     assert json.loads((folder / "result.json").read_text())["after"]["safety"] == result.after.safety
 
 
-def test_a_random_adapter_of_the_same_shape_does_not_do_it(finished):
-    """Control: the behaviour comes from training, not from the evaluation."""
+def test_an_untrained_adapter_of_the_same_shape_does_not_do_it(finished):
+    """The behaviour comes from training, not from the evaluation."""
     folder, _ = finished
     base = AutoModelForCausalLM.from_pretrained(folder / "world" / "model")
     tokenizer = AutoTokenizer.from_pretrained(folder / "world" / "model")
@@ -82,6 +84,19 @@ def test_a_random_adapter_of_the_same_shape_does_not_do_it(finished):
     assert min(found.safety, found.helpfulness) < 0.9
 
 
+def test_the_control_has_the_same_ranks_and_none_of_the_features(finished):
+    folder, _ = finished
+    chosen = Subspace.from_pretrained(folder / "subspace")
+
+    control = random_bases(chosen, seed=0)
+
+    for random, site in zip(control.sites, chosen.sites, strict=True):
+        torch.testing.assert_close(random.basis @ random.basis.T, torch.eye(site.rank), rtol=0, atol=1e-5)
+        expected = site.rank / site.sae.d_in  # of a random space's overlap with a given direction
+        overlap = (site.basis @ random.basis.T).square().sum(dim=1).mean()
+        assert overlap < 3 * expected
+
+
 def test_a_second_run_finds_the_world_and_the_same_result(finished):
     folder, first = finished
     stamp = (folder / "world" / "world.json").stat().st_mtime_ns
@@ -89,7 +104,7 @@ def test_a_second_run_finds_the_world_and_the_same_result(finished):
     second = run_demo(folder.parent, seed=0, progress=False)
 
     assert (folder / "world" / "world.json").stat().st_mtime_ns == stamp
-    assert second.after == first.after
+    assert (second.after, second.control) == (first.after, first.control)
 
 
 def readme_commands():
