@@ -148,6 +148,8 @@ def make_subspace(model, ranks=None, *, seed=0, features=None):
                 scores=torch.ones(count, dtype=torch.float64),
                 aligned_means=torch.ones(count, dtype=torch.float64),
                 unaligned_means=torch.zeros(count, dtype=torch.float64),
+                aligned_rates=torch.ones(count, dtype=torch.float64),
+                unaligned_rates=torch.zeros(count, dtype=torch.float64),
                 directions=basis[:count],
                 basis=basis,
                 coefficients=torch.eye(rank, count),

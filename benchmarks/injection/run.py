@@ -63,6 +63,8 @@ def make_subspace(model: Gemma2ForCausalLM, seed: int) -> Subspace:
                 scores=ones,
                 aligned_means=ones,
                 unaligned_means=ones,
+                aligned_rates=ones,
+                unaligned_rates=ones,
                 directions=directions,
                 basis=basis.contiguous(),
                 coefficients=torch.eye(_RANK, _FEATURES),

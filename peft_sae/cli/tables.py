@@ -20,14 +20,15 @@ def print_features(subspace: Subspace, *, per_site: int = 8, console: Console | 
     for site in subspace.sites:
         title = f"{site.sae.hook_name}: {len(site.features)} features, basis of rank {site.rank}"
         table = Table(title=title, title_justify="left")
-        for name, justify in (("feature", "right"), ("score", "right"), ("aligned", "right"), ("unaligned", "right")):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        for name in ("feature", "score", "mean aligned", "mean unaligned", "fires aligned", "fires unaligned"):
+            table.add_column(name, justify="right")
         table.add_column("promotes")
         for place in range(min(per_site, len(site.features))):
             numbers = (site.scores[place], site.aligned_means[place], site.unaligned_means[place])
             table.add_row(
                 str(int(site.features[place])),
                 *(f"{float(number):.3f}" for number in numbers),
+                *(f"{100 * float(rate):.1f} %" for rate in (site.aligned_rates[place], site.unaligned_rates[place])),
                 " ".join(token.strip() for token in site.tokens[place][:6]),
             )
         console.print(table)

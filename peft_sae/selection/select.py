@@ -24,6 +24,8 @@ class SelectedFeatures:
         scores: their scores, float64 [k].
         aligned_means: mean activation on the aligned texts, float64 [k].
         unaligned_means: mean activation on the unaligned texts, float64 [k].
+        aligned_rates: share of the aligned tokens on which each fires, float64 [k].
+        unaligned_rates: share of the unaligned tokens on which each fires, float64 [k].
     """
 
     sae: SaeIdentity
@@ -31,6 +33,8 @@ class SelectedFeatures:
     scores: torch.Tensor
     aligned_means: torch.Tensor
     unaligned_means: torch.Tensor
+    aligned_rates: torch.Tensor
+    unaligned_rates: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -118,4 +122,6 @@ def _select(
         scores=scores[order],
         aligned_means=aligned.mean[order],
         unaligned_means=unaligned.mean[order],
+        aligned_rates=aligned.firing_rate[order],
+        unaligned_rates=unaligned.firing_rate[order],
     )

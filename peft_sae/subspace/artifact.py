@@ -64,7 +64,8 @@ class Subspace:
         """One row per chosen feature, best first within each hook point.
 
         Columns: `block`, `hook_name`, `sae`, `rank` (place in the selection, from 1), `feature`, `score`,
-        `aligned_mean`, `unaligned_mean`, `tokens` (those that the decoder direction promotes most),
+        `aligned_mean`, `unaligned_mean`, `aligned_rate`, `unaligned_rate` (shares of tokens on which it fires),
+        `tokens` (those that the decoder direction promotes most),
         `weight` (share of the feature's direction that lies in the basis, its squared projection) and
         `neuronpedia` (address of its dashboard or None).
         """
@@ -84,6 +85,8 @@ class Subspace:
                         "score": float(site.scores[place]),
                         "aligned_mean": float(site.aligned_means[place]),
                         "unaligned_mean": float(site.unaligned_means[place]),
+                        "aligned_rate": float(site.aligned_rates[place]),
+                        "unaligned_rate": float(site.unaligned_rates[place]),
                         "tokens": list(site.tokens[place]),
                         "weight": weights[place],
                         "neuronpedia": site.sae.neuronpedia_url(feature),
@@ -171,6 +174,8 @@ def _site_tensors(rank: int, features: int, width: int) -> dict[str, tuple[tuple
         "scores": ((features,), torch.float64),
         "aligned_means": ((features,), torch.float64),
         "unaligned_means": ((features,), torch.float64),
+        "aligned_rates": ((features,), torch.float64),
+        "unaligned_rates": ((features,), torch.float64),
         "directions": ((features, width), torch.float32),
         "basis": ((rank, width), torch.float32),
         "coefficients": ((rank, features), torch.float32),

@@ -137,6 +137,8 @@ def _build_site(
         scores=chosen.scores,
         aligned_means=chosen.aligned_means,
         unaligned_means=chosen.unaligned_means,
+        aligned_rates=chosen.aligned_rates,
+        unaligned_rates=chosen.unaligned_rates,
         directions=directions.float(),
         basis=basis.float(),
         coefficients=coefficients.float(),

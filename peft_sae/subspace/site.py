@@ -26,6 +26,8 @@ class SubspaceSite:
         scores: their scores, float64 [k].
         aligned_means: mean activation on the aligned texts, float64 [k].
         unaligned_means: mean activation on the unaligned texts, float64 [k].
+        aligned_rates: share of the aligned tokens on which each fires, float64 [k].
+        unaligned_rates: share of the unaligned tokens on which each fires, float64 [k].
         directions: their decoder directions, of unit length, float32 [k, d_in].
         basis: orthonormal rows, float32 [rank, d_in], most important first.
         coefficients: float32 [rank, k]; `basis = coefficients @ directions`.
@@ -37,6 +39,8 @@ class SubspaceSite:
     scores: torch.Tensor
     aligned_means: torch.Tensor
     unaligned_means: torch.Tensor
+    aligned_rates: torch.Tensor
+    unaligned_rates: torch.Tensor
     directions: torch.Tensor
     basis: torch.Tensor
     coefficients: torch.Tensor

@@ -39,6 +39,8 @@ def test_mean_difference_equals_the_hand_calculation():
     assert site.scores.tolist() == [3.0, 1.0]
     assert site.aligned_means.tolist() == [2.0, 1.5]
     assert site.unaligned_means.tolist() == [5.0, 0.5]
+    assert site.aligned_rates.tolist() == [0.5, 1.0]
+    assert site.unaligned_rates.tolist() == [0.5, 1.0]
     assert site.features.dtype == torch.int64
     assert site.scores.dtype == torch.float64
 

@@ -11,7 +11,8 @@ from tests.tiny import ALIGNED, UNALIGNED, make_sae
 
 
 def _same(first, second):
-    names = ("features", "scores", "aligned_means", "unaligned_means", "directions", "basis", "coefficients")
+    names = ("features", "scores", "aligned_means", "unaligned_means", "aligned_rates", "unaligned_rates")
+    names += ("directions", "basis", "coefficients")
     pairs = list(zip(first.sites, second.sites, strict=True))
     return all(torch.equal(getattr(a, name), getattr(b, name)) for a, b in pairs for name in names)
 
@@ -180,6 +181,8 @@ def test_features_table_has_a_row_per_feature(subspace):
         "score",
         "aligned_mean",
         "unaligned_mean",
+        "aligned_rate",
+        "unaligned_rate",
         "tokens",
         "weight",
         "neuronpedia",
