@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from .errors import ArtifactError
 
@@ -48,24 +49,18 @@ def replace_folder(target: str | Path, *, owned: Collection[str] = ()) -> Iterat
     Raises:
         ArtifactError: the target is a file or a foreign folder, or cannot be written.
     """
-    target = Path(target).resolve()  # a link stays one: what it points to is replaced
-    foreign = sorted({path.name for path in target.iterdir()} - set(owned)) if target.is_dir() else []
-    if target.is_file() or foreign:
-        raise ArtifactError(
-            f"'{target}' exists{f' and holds {foreign[:3]}' if foreign else ' and is a file'}; writing there would "
-            "destroy it. Give another folder or remove this one."
-        )
+    target = check_target(target, owned=owned)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".partial", dir=target.parent))
     except OSError as error:
         raise ArtifactError(f"Cannot write beside '{target}' ({error}). Give a writable folder.") from error
     try:
         yield scratch
-        # mkdtemp makes the folder private; an artefact is as readable as any other file of its owner.
-        scratch.chmod(0o777 & ~_umask())
+        _make_readable(scratch)
+        check_target(target, owned=owned)  # again: work may have appeared there in the meantime
         _swap_in(scratch, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(f"Cannot write '{target}' ({error}). Check the space and the rights there.") from error
@@ -73,24 +68,52 @@ def replace_folder(target: str | Path, *, owned: Collection[str] = ()) -> Iterat
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _umask() -> int:
+def check_target(target: str | Path, *, owned: Collection[str] = ()) -> Path:
+    """Check that a folder may be written, before any long work, and return its resolved path.
+
+    Args:
+        target: the folder; a link stays one, what it points to is replaced.
+        owned: names of the files that it may hold already.
+
+    Raises:
+        ArtifactError: it is a file, or holds something else.
+    """
+    try:
+        target = Path(target).resolve()
+        foreign = sorted({path.name for path in target.iterdir()} - set(owned)) if target.is_dir() else []
+        if not target.is_file() and not foreign:
+            return target
+    except OSError as error:
+        raise ArtifactError(f"'{str(target)[:200]}' cannot be written ({error}). Give another folder.") from error
+    raise ArtifactError(
+        f"'{target}' exists{f' and holds {foreign[:3]}' if foreign else ' and is a file'}; writing there would "
+        "destroy it. "
+        "Give another folder or remove this one."
+    )
+
+
+def _make_readable(folder: Path) -> None:
+    """Give files and folders the usual rights; temporary folders and safetensors files are made private."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _swap_in(scratch: Path, target: Path) -> None:
-    if not target.exists():
+    if not target.exists() or not any(target.iterdir()):
         os.replace(scratch, target)
         return
-    retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    retired = target.with_name(f"{scratch.name}.old")
     os.replace(target, retired)
     try:
         os.replace(scratch, target)
     except OSError:
-        os.replace(retired, target)
+        if not target.exists():
+            os.replace(retired, target)
         raise
-    shutil.rmtree(retired, ignore_errors=True)
+    finally:
+        shutil.rmtree(retired, ignore_errors=True)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -156,7 +179,7 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[Sequence[int], torch.d
         ArtifactError: the file is missing or truncated, or a tensor is missing, unexpected, of
             another shape or dtype, or not finite.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -32,6 +33,8 @@ def main() -> None:
     # PEFT asks transformers for an attribute under its old name; the reader of a terminal can do nothing about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    # So that temporary folders are removed when a scheduler stops the job.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         app()
     except PeftSaeError as error:
@@ -82,13 +85,19 @@ def select(
     Example: `peft-sae select --model google/gemma-2-2b --saes gemma-scope-2b-pt-res-canonical
     --id layer_10/width_16k/canonical --aligned good.jsonl --unaligned bad.jsonl --output outputs/subspace`
     """
+    from ..artifact import check_target
     from ..sae import load_saes
     from ..selection import select_features
     from ..statistics import collect_statistics
+    from ..statistics.statistics import STATISTICS_FILES
+    from ..subspace.artifact import SUBSPACE_FILES
     from ..subspace.build import subspace_from_selection
     from ..training.job import load_model
     from .tables import print_features
 
+    check_target(output, owned=SUBSPACE_FILES)
+    if statistics is not None:
+        check_target(statistics, owned=STATISTICS_FILES)
     handles = load_saes(saes, ids=ids or None, layers=layers or None, device=device)
     base, tokenizer = load_model(model, dtype=dtype)
     data = {"aligned": aligned, "unaligned": unaligned}
@@ -108,7 +117,7 @@ def select(
     subspace = subspace_from_selection(base, tokenizer, selection, handles, variance=variance)
     subspace.save_pretrained(output)
     print_features(subspace)
-    Console().print(f"Subspace written to {output}")
+    Console().print(f"Subspace written to {output}", markup=False)
 
 
 @app.command()
@@ -127,7 +136,7 @@ def train(
     from ..training import read_job, run_job
 
     job = read_job(config, model=model, data=data, subspace=subspace, output=output)
-    Console().print(f"Adapter written to {run_job(job, progress=not quiet)}")
+    Console().print(f"Adapter written to {run_job(job, progress=not quiet)}", markup=False)
 
 
 @app.command()
@@ -145,7 +154,7 @@ def merge(
     from ..export import merge_checkpoint
 
     path = merge_checkpoint(base, adapter, output, dtype=dtype, max_shard_size=max_shard_size)
-    Console().print(f"Merged checkpoint written to {path}")
+    Console().print(f"Merged checkpoint written to {path}", markup=False)
 
 
 @app.command("export-lora")
@@ -159,4 +168,4 @@ def export_lora_command(
     """
     from ..export import export_lora
 
-    Console().print(f"LoRA adapter written to {export_lora(adapter, output)}")
+    Console().print(f"LoRA adapter written to {export_lora(adapter, output)}", markup=False)

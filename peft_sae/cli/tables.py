@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ..subspace import Subspace
 
@@ -18,7 +19,7 @@ def print_features(subspace: Subspace, *, per_site: int = 8, console: Console | 
     """
     console = console or Console()
     for site in subspace.sites:
-        title = f"{site.sae.hook_name}: {len(site.features)} features, basis of rank {site.rank}"
+        title = Text(f"{site.sae.hook_name}: {len(site.features)} features, basis of rank {site.rank}")
         table = Table(title=title, title_justify="left")
         for name in ("feature", "score", "mean aligned", "mean unaligned", "fires aligned", "fires unaligned"):
             table.add_column(name, justify="right")
@@ -29,6 +30,13 @@ def print_features(subspace: Subspace, *, per_site: int = 8, console: Console | 
                 str(int(site.features[place])),
                 *(f"{float(number):.3f}" for number in numbers),
                 *(f"{100 * float(rate):.1f} %" for rate in (site.aligned_rates[place], site.unaligned_rates[place])),
-                " ".join(token.strip() for token in site.tokens[place][:6]),
+                Text(" ".join(_visible(token.strip()) for token in site.tokens[place][:6])),
             )
         console.print(table)
+
+
+def _visible(token: str) -> str:
+    """A token as it can safely be printed: control characters and lone surrogates are spelled out."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "surrogatepass").decode() for char in token
+    )

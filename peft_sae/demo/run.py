@@ -78,6 +78,8 @@ def run_demo(directory: str | Path, *, seed: int = 0, progress: bool = True) -> 
 
 def _run(root: Path, seed: int, progress: bool) -> DemoResult:
     console, clock = Console(), _Clock()
+    for name in ("adapter", "merged", "control"):  # the demo's own, of an earlier run
+        shutil.rmtree(root / name, ignore_errors=True)
     world = _world(root / "world", seed, progress, console)
     clock.lap("world")
     model, tokenizer = load_model(world.model)
@@ -105,7 +107,6 @@ def _run(root: Path, seed: int, progress: bool) -> DemoResult:
     clock.lap("train")
 
     console.rule("Merge, reload with plain transformers, evaluate and compare")
-    shutil.rmtree(root / "merged", ignore_errors=True)  # the demo's own, of an earlier run
     merge_checkpoint(world.model, root / "adapter", root / "merged")
     merged, _ = load_model(root / "merged")
     clock.lap("merge")

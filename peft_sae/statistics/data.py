@@ -247,7 +247,7 @@ def iterate_records(data: Data, label: str) -> Iterator[str | Mapping[str, Any]]
 def _parse_line(line: str, number: int, file: str | Path) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"Line {number} of '{file}' is not JSON ({error}). Mend the line.") from error
 
 

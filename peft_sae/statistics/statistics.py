@@ -17,6 +17,7 @@ _SCHEMA = "peft_sae.statistics"
 _SCHEMA_VERSION = 1
 _JSON_FILE = "statistics.json"
 _TENSOR_FILE = "statistics.safetensors"
+STATISTICS_FILES = (_JSON_FILE, _TENSOR_FILE)
 _DTYPES = {
     "total": torch.float64,
     "total_squares": torch.float64,
@@ -136,7 +137,7 @@ class FeatureStatistics:
             "settings": dict(self.settings),
             "versions": dict(self.versions),
         }
-        with replace_folder(directory, owned=(_JSON_FILE, _TENSOR_FILE)) as folder:
+        with replace_folder(directory, owned=STATISTICS_FILES) as folder:
             write_tensors(folder / _TENSOR_FILE, tensors)
             write_json(folder / _JSON_FILE, description)
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 JSON_FILE = "subspace.json"
 TENSOR_FILE = "subspace.safetensors"
+SUBSPACE_FILES = (JSON_FILE, TENSOR_FILE)
 _SCHEMA = "peft_sae.subspace"
 _SCHEMA_VERSION = 1
 _MAX_FEATURES = 2**20  # more chosen features than any SAE has: such a file is damaged
@@ -106,7 +107,7 @@ class Subspace:
         Raises:
             ArtifactError: the folder holds something else or cannot be written.
         """
-        with replace_folder(directory, owned=(JSON_FILE, TENSOR_FILE)) as folder:
+        with replace_folder(directory, owned=SUBSPACE_FILES) as folder:
             write_tensors(folder / TENSOR_FILE, self._tensors())
             write_json(folder / JSON_FILE, {**self._description(), "digest": self.digest})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -61,7 +62,7 @@ def read_job(path: str | Path, **overrides: Any) -> TrainingJob:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"'{path}' cannot be opened ({error.strerror}). Give the path of a job file.") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"'{path}' cannot be read as YAML ({error}). Give the path of a job file.") from error
     if not isinstance(data, dict):
         raise ConfigError(f"'{path}' holds a {type(data).__name__}, and a mapping of keys is needed. See configs/.")
@@ -79,9 +80,16 @@ def read_job(path: str | Path, **overrides: Any) -> TrainingJob:
     if missing:
         raise ConfigError(f"'{path}' lacks the keys {missing}. Add them, or give them on the command line.")
     _check_types(path, data)
+    for key in ("adapter", "training"):
+        data[key] = {name: _number(value) for name, value in (data.get(key) or {}).items()}
     job = TrainingJob(**data)
     job.adapter_config()
     return job
+
+
+def _number(value: Any) -> Any:
+    """A number that YAML 1.1 takes for text: it wants a point in `2e-4`."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else value
 
 
 def _check_types(path: str | Path, data: Mapping[str, Any]) -> None:
@@ -94,6 +102,8 @@ def _check_types(path: str | Path, data: Mapping[str, Any]) -> None:
     for key, value in data.items():
         if not isinstance(value, types.get(key, str)):
             raise ConfigError(f"Key {key!r} in '{path}' is {value!r}, of the wrong type. See configs/ for an example.")
+    if data.get("max_length") is not None and data["max_length"] < 2:
+        raise ConfigError(f"max_length={data['max_length']} in '{path}' leaves no text. Use 2 or more.")
     if "subspace" in data.get("adapter", {}):
         raise ConfigError(f"'{path}' names a subspace under 'adapter'. Put it at the top, under 'subspace'.")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..artifact import check_target, replace_folder
 from ..errors import ConfigError, DataError, suggest
 from ..statistics.data import Data, ExampleReader, iterate_records
 
@@ -41,7 +42,9 @@ def train_adapter(
         data: records with `prompt` and `completion`, or with `messages`; see `collect_statistics`. Plain text counts
         whole.
         config: the adapter's configuration, of any PEFT type.
-        output: folder that the trained adapter is written to.
+        output: folder that the trained adapter is written to; missing or empty. Checkpoints, if `save_strategy` asks
+        for
+            them, go beside it, into a folder whose name ends in `.checkpoints`.
         max_length: tokens per example; longer ones are cut. By default the model's context length.
         progress: show the Trainer's progress bar.
         **arguments: passed on to `transformers.TrainingArguments`.
@@ -51,11 +54,13 @@ def train_adapter(
 
     Raises:
         DataError: the data are empty or malformed.
+        ArtifactError: the output cannot be written.
         ConfigError: an argument that `TrainingArguments` does not know.
     """
     from peft import get_peft_model
     from transformers import Trainer
 
+    check_target(output)
     features = encode_examples(tokenizer, data, max_length or _context_length(model))
     settings = _training_arguments(output, arguments, progress)
     adapted = get_peft_model(model, config)
@@ -67,7 +72,8 @@ def train_adapter(
         processing_class=tokenizer,
     )
     trainer.train()
-    adapted.save_pretrained(str(output))
+    with replace_folder(output) as folder:
+        adapted.save_pretrained(str(folder))
     return adapted.eval()
 
 
@@ -90,7 +96,7 @@ def encode_examples(tokenizer: PreTrainedTokenizerBase, data: Data, max_length: 
     records = list(iterate_records(data, "training"))
     if not records:
         raise DataError("The training data are empty, so there is nothing to learn. Give at least one record.")
-    plain = isinstance(records[0], str) or "text" in records[0]
+    plain = isinstance(records[0], str) or (isinstance(records[0], Mapping) and "text" in records[0])
     reader = ExampleReader(
         tokenizer, tokens="all" if plain else "response", max_length=max_length - 1, prepend_bos=False
     )
@@ -154,7 +160,7 @@ def _training_arguments(output: str | Path, arguments: Mapping[str, Any], progre
                 f"{suggest(name, known)} See its documentation for the names."
             )
     try:
-        return TrainingArguments(output_dir=str(output), **{**defaults, **arguments})
+        return TrainingArguments(output_dir=f"{output}.checkpoints", **{**defaults, **arguments})
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"transformers.TrainingArguments refuses {dict(arguments)} ({error}). See its documentation for their "

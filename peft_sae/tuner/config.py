@@ -182,8 +182,8 @@ class SaeSubspaceConfig(LoraConfig):
         if isinstance(self.subspace, Subspace):
             return self.subspace
         used: Subspace | None = getattr(self, "_used_subspace", None)
-        if used is not None or self.subspace is None or self.basis_record is None:
-            return used
+        if used is not None or self.basis_record is None or not Path(str(self.subspace)).is_dir():
+            return used  # the Hub is never asked for the sake of saving
         try:
             subspace = Subspace.from_pretrained(self.subspace)
         except ArtifactError as error:
@@ -219,6 +219,7 @@ def _check_record(record: Any) -> None:
         for name, entry in record["modules"].items():
             known = known and isinstance(name, str) and set(entry) == set(RECORD_ENTRIES) and entry["side"] in _SIDES
             known = known and all(isinstance(entry[key], kind) for key, kind in RECORD_ENTRIES.items())
+            known = known and min(entry["basis"], entry["filled"], entry["dropped"]) >= 0
     except (TypeError, KeyError, AttributeError):
         known = False
     if not known:

@@ -113,6 +113,12 @@ def _from_record(config: SaeSubspaceConfig, name: str, entry: Mapping[str, Any] 
         raise ConfigError(
             "r='auto' needs the Subspace that the ranks come from, and it is not there. Give it or a number."
         )
+    if config.freeze_basis and (entry is None or entry["side"] == "none"):
+        raise ConfigError(
+            f"freeze_basis=True, and basis_record says nothing of the basis of {name!r}, so nothing in it would be "
+            "frozen. "
+            "Restore the adapter's configuration."
+        )
     return ModulePlan(rank=rank, **(entry or {"side": "none"}))
 
 

@@ -21,11 +21,12 @@ def resolve_subspace(config: SaeSubspaceConfig) -> Subspace | None:
         ConfigError: the configuration records another Subspace than it names.
     """
     record = config.basis_record
-    if record is not None and (config.inference_mode or (config.subspace is None and record["digest"] is None)):
+    if config.inference_mode and (record is not None or not isinstance(config.subspace, Subspace)):
+        return None  # its weights follow; what its file names is not even looked at
+    if record is not None and config.subspace is None and record["digest"] is None:
         return None
     if config.subspace is None:
-        if not config.inference_mode:
-            _warn_missing("No subspace is given")
+        _warn_missing("No subspace is given")
         return None
     if record is not None and config.subspace == BESIDE and not Path(BESIDE).is_dir():
         _warn_missing("The adapter's own Subspace is not beside its configuration")
