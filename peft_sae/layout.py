@@ -19,7 +19,7 @@ SITE_KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z"
 # How far along the residual stream a kind of site lies, in half blocks. What attention adds is
 # first seen in resid_mid and what the MLP adds in resid_post, so their outputs share those places.
 _HALF_STEPS = {"resid_pre": 0, "attn_out": 1, "resid_mid": 1, "mlp_out": 2, "resid_post": 2}
-_HOOK_NAME = re.compile(r"blocks\.(\d+)\.(?:attn\.)?hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out|z)")
+_HOOK_NAME = re.compile(r"blocks\.([0-9]{1,4})\.(?:attn\.)?hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out|z)")
 
 
 @dataclass(frozen=True)

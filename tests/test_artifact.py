@@ -212,3 +212,24 @@ def test_digest_depends_on_every_part():
     assert len({base, *changed}) == 6
     assert base == digest(dict(reversed(tensors.items())), json.loads('{"x": 1}'))
     assert len(digest({"h": tensors["a"].bfloat16(), "s": torch.tensor(1.0)})) == 64
+
+
+def test_work_that_appears_in_the_meantime_is_kept(tmp_path):
+    def write_slowly():
+        with replace_folder(tmp_path / "out") as scratch:
+            (scratch / "mark.json").write_text("new")
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "thesis.txt").write_text("years of work")
+
+    with pytest.raises(ArtifactError, match=r"holds \['thesis.txt'\]"):
+        write_slowly()
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_files_are_as_readable_as_any_other(tmp_path):
+    with replace_folder(tmp_path / "out") as scratch:
+        write_tensors(scratch / "tensors", _tensors())
+    (tmp_path / "other").write_text("x")
+
+    assert (tmp_path / "out" / "tensors").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -12,6 +12,7 @@ from ..errors import ArtifactError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+_WEIGHT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MERGEABLE_TYPES = ("SAE_SUBSPACE", "LORA")
 
 
@@ -30,7 +31,7 @@ def read_adapter_config(adapter: str | Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"'{path}' cannot be read as JSON ({error}). Save the adapter again.") from error
     found = config.get("peft_type") if isinstance(config, dict) else None
     if found not in MERGEABLE_TYPES:
@@ -59,6 +60,9 @@ def read_adapter_weights(adapter: str | Path) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"'{path}' cannot be read ({error}); it is damaged or truncated. Save it again.") from error
+    unusable = sorted({str(t.dtype) for t in tensors.values()} - {str(dtype) for dtype in _WEIGHT_DTYPES})
+    if unusable:
+        raise ArtifactError(f"'{path}' holds {unusable}, and weights are float32, float64, float16 or bfloat16.")
     broken = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if broken:
         raise ArtifactError(f"'{path}' holds NaN or infinity in {broken[:3]}. The training diverged; train again.")

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import replace_folder
-from ..errors import ArtifactError, MismatchError
+from safetensors import SafetensorError
+
+from ..artifact import check_target, replace_folder
+from ..errors import ArtifactError, ConfigError, MismatchError
 from .adapter import read_adapter_config, read_adapter_weights
 
 if TYPE_CHECKING:
@@ -45,7 +47,9 @@ def merge_checkpoint(
     Raises:
         ArtifactError: base or adapter cannot be read, or the output cannot be written.
         MismatchError: the adapter is of another model.
+        ConfigError: the adapter's configuration is damaged.
     """
+    check_target(output)
     read_adapter_config(adapter)
     weights = read_adapter_weights(adapter)
     with replace_folder(output) as folder:
@@ -62,7 +66,9 @@ def _merge(model: Any, base: str | Path, adapter: str | Path, weights: Mapping[s
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error below
             adapted = PeftModel.from_pretrained(model, str(adapter))
-    except (RuntimeError, ValueError) as error:
+    except ConfigError:
+        raise  # the adapter's own configuration is at fault, not the base
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise MismatchError(
             f"The adapter '{adapter}' does not fit the base '{base}' ({error}). Give the base that it was trained on."
         ) from error
@@ -71,22 +77,30 @@ def _merge(model: Any, base: str | Path, adapter: str | Path, weights: Mapping[s
     if unlike:
         raise MismatchError(
             f"The adapter '{adapter}' does not fit the base '{base}': {len(unlike)} tensors have no counterpart, the "
-            "first "
-            f"is {unlike[0]!r}. Give the base that it was trained on."
+            f"first is {unlike[0]!r}. Give the base that it was trained on."
         )
-    return adapted.merge_and_unload(safe_merge=True)
+    try:
+        return adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # the check of safe_merge
+        raise ArtifactError(
+            f"Merging '{adapter}' into '{base}' gives NaN or infinity ({error}). One of the two holds such values, or "
+            "the "
+            "update is too large; train again with a lower learning rate."
+        ) from error
 
 
 def _load_base(base: str | Path, dtype: str | torch.dtype | None) -> Any:
     import transformers
 
     try:
-        config = transformers.AutoConfig.from_pretrained(base)
+        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
         name = (config.architectures or [""])[0]
         # The class that wrote the checkpoint, so that a classifier keeps its head.
-        model_cls = getattr(transformers, name, transformers.AutoModelForCausalLM)
-        return model_cls.from_pretrained(base, dtype=dtype or "auto")
-    except (OSError, ValueError) as error:
+        model_cls: Any = getattr(transformers, str(name), None)
+        if not (isinstance(model_cls, type) and issubclass(model_cls, transformers.PreTrainedModel)):
+            model_cls = transformers.AutoModelForCausalLM
+        return model_cls.from_pretrained(base, dtype=dtype or "auto", trust_remote_code=False)
+    except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"The base model '{base}' cannot be loaded ({error}). Check the path or the id.") from error
 
 
@@ -94,6 +108,6 @@ def _copy_tokenizer(base: str | Path, folder: Path) -> None:
     import transformers
 
     try:
-        transformers.AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=False).save_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         logger.warning("The base '%s' has no tokenizer that could go along (%s).", base, error)

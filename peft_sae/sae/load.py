@@ -138,7 +138,7 @@ def make_handle(sae: SAE[Any], *, name: str | None = None, neuronpedia_id: str |
         )
     metadata = sae.cfg.metadata
     hook_name = metadata.hook_name_out or metadata.hook_name
-    if not hook_name:
+    if not hook_name or not isinstance(hook_name, str):
         raise MismatchError(
             "The SAE's metadata name no hook point, so its directions have no place in the model. Set "
             "`sae.cfg.metadata.hook_name`, for example to 'blocks.12.hook_resid_post'."
@@ -165,15 +165,17 @@ def make_handle(sae: SAE[Any], *, name: str | None = None, neuronpedia_id: str |
     for key, weight in weights.items():
         if not bool(torch.isfinite(weight).all()):
             raise MismatchError(f"The SAE's {key} at {hook_name} holds NaN or infinity. Load it again.")
-    identity = SaeIdentity(
-        name=name or metadata.neuronpedia_id or f"sae/{hook_name}",
-        hook_name=hook_name,
-        d_in=int(sae.cfg.d_in),
-        d_sae=int(sae.cfg.d_sae),
-        model_name=metadata.model_name,
-        neuronpedia_id=neuronpedia_id or metadata.neuronpedia_id,
-        digest=digest(weights),
-    )
+    identity = SaeIdentity.from_dict(
+        SaeIdentity(
+            name=name or metadata.neuronpedia_id or f"sae/{hook_name}",
+            hook_name=hook_name,
+            d_in=int(sae.cfg.d_in),
+            d_sae=int(sae.cfg.d_sae),
+            model_name=metadata.model_name,
+            neuronpedia_id=neuronpedia_id or metadata.neuronpedia_id,
+            digest=digest(weights),
+        ).to_dict()
+    )  # for its checks: the metadata come from a file
     model_kwargs = metadata.model_from_pretrained_kwargs or {}
     return SaeHandle(
         identity=identity,

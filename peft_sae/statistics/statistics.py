@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..artifact import package_versions, read_json, read_tensors, replace_folder, write_json, write_tensors
+from ..artifact import digest, package_versions, read_json, read_tensors, replace_folder, write_json, write_tensors
 from ..errors import ArtifactError, DataError
 from ..sae.identity import SaeIdentity
 
@@ -122,31 +122,37 @@ class FeatureStatistics:
         Raises:
             ArtifactError: the folder holds something else or cannot be written.
         """
-        tensors, counts = {}, {}
-        for number, (label, moments) in enumerate(self.moments.items()):
-            counts[label] = [moment.count for moment in moments]
-            for index, moment in enumerate(moments):
-                for name in _DTYPES:
-                    tensors[f"{number}.{index}.{name}"] = getattr(moment, name)
-        description = {
+        tensors, description = self._tensors(), self._description()
+        with replace_folder(directory, owned=STATISTICS_FILES) as folder:
+            write_tensors(folder / _TENSOR_FILE, tensors)
+            write_json(folder / _JSON_FILE, {**description, "digest": digest(tensors, description)})
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{number}.{index}.{name}": getattr(moment, name)
+            for number, moments in enumerate(self.moments.values())
+            for index, moment in enumerate(moments)
+            for name in _DTYPES
+        }
+
+    def _description(self) -> dict[str, Any]:
+        return {
             "schema": _SCHEMA,
             "schema_version": _SCHEMA_VERSION,
             "saes": [sae.to_dict() for sae in self.saes],
             "labels": list(self.moments),
-            "counts": counts,
+            "counts": {label: [moment.count for moment in moments] for label, moments in self.moments.items()},
             "settings": dict(self.settings),
             "versions": dict(self.versions),
         }
-        with replace_folder(directory, owned=STATISTICS_FILES) as folder:
-            write_tensors(folder / _TENSOR_FILE, tensors)
-            write_json(folder / _JSON_FILE, description)
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> FeatureStatistics:
         """Read statistics written by `save_pretrained`.
 
         Raises:
-            ArtifactError: a file is missing, damaged, of a newer schema, or lacks a tensor.
+            ArtifactError: a file is missing, damaged, of a newer schema, or lacks a tensor, or the content has not the
+                digest that was written with it.
         """
         folder = Path(directory)
         description = read_json(folder / _JSON_FILE, schema=_SCHEMA, newest=_SCHEMA_VERSION)
@@ -155,7 +161,7 @@ class FeatureStatistics:
             labels = [str(label) for label in description["labels"]]
             counts = {label: [int(count) for count in description["counts"][label]] for label in labels}
             settings, versions = dict(description["settings"]), dict(description["versions"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, ArtifactError):
                 raise
             raise ArtifactError(
@@ -179,4 +185,11 @@ class FeatureStatistics:
             )
             for number, label in enumerate(labels)
         }
-        return cls(saes=saes, moments=moments, settings=settings, versions=versions)
+        statistics = cls(saes=saes, moments=moments, settings=settings, versions=versions)
+        if digest(tensors, statistics._description()) != description.get("digest"):
+            raise ArtifactError(
+                f"The content of '{folder}' has not the digest that was written with it: a file was changed or mixed "
+                "up. "
+                "Collect the statistics again."
+            )
+        return statistics

@@ -35,6 +35,8 @@ _SCHEMA = "peft_sae.subspace"
 _SCHEMA_VERSION = 1
 _MAX_FEATURES = 2**20  # more chosen features than any SAE has: such a file is damaged
 _MAX_WIDTH = 2**20
+_MODEL_SIZES = ("hidden_size", "num_hidden_layers")
+_TOLERANCE = 1e-3  # far above rounding, far below anything that is not an orthonormal basis
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -139,6 +141,7 @@ class Subspace:
                 f"{str(description.get('digest'))[:12]}... was written with it: a file was changed or mixed up. Copy "
                 "or build the Subspace again."
             )
+        _check_sense(subspace)
         return subspace
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -213,6 +216,29 @@ def _from_description(description: Mapping[str, Any], tensor_file: Path) -> Subs
         settings=dict(description["settings"]),
         versions=dict(description["versions"]),
     )
+
+
+def _check_sense(subspace: Subspace) -> None:
+    """Refuse content that is well-formed and belongs together, but is no basis of features."""
+    hooks = [site.sae.hook_name for site in subspace.sites]
+    depth = subspace.model.get("num_hidden_layers")
+    problems = ["two sites have the same hook point"] if len(set(hooks)) < len(hooks) else []
+    problems += [
+        f"the model's {name} is no number" for name in _MODEL_SIZES if not isinstance(subspace.model.get(name), int)
+    ]
+    for site in subspace.sites:
+        ids = site.features.tolist()
+        overlap = site.basis.double() @ site.basis.double().T
+        if isinstance(depth, int) and site.sae.site.block >= depth:
+            problems.append(f"{site.sae.hook_name} lies beyond the model's {depth} blocks")
+        if len(set(ids)) < len(ids) or min(ids) < 0 or max(ids) >= site.sae.d_sae:
+            problems.append(f"the feature ids at {site.sae.hook_name} are not distinct features of the SAE")
+        if float((overlap - torch.eye(site.rank)).abs().max()) > _TOLERANCE:
+            problems.append(f"the basis at {site.sae.hook_name} is not orthonormal")
+        if float((site.coefficients @ site.directions - site.basis).abs().max()) > _TOLERANCE:
+            problems.append(f"the basis at {site.sae.hook_name} does not consist of its features")
+    if problems:
+        raise ArtifactError(f"The Subspace makes no sense: {'; '.join(problems)}. Build it again.")
 
 
 def _find_folder(path_or_id: str | Path) -> Path:

@@ -8,6 +8,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from ..errors import ConfigError, suggest
 from ..tuner import SaeSubspaceConfig
 from .train import train_adapter
@@ -146,5 +148,5 @@ def load_model(name: str | Path, *, dtype: str | None = None) -> tuple[Any, Any]
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto")
         return model, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"The model '{name}' cannot be loaded ({error}). Check the path or the id.") from error

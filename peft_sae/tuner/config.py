@@ -185,7 +185,7 @@ class SaeSubspaceConfig(LoraConfig):
         if used is not None or self.basis_record is None or not Path(str(self.subspace)).is_dir():
             return used  # the Hub is never asked for the sake of saving
         try:
-            subspace = Subspace.from_pretrained(self.subspace)
+            subspace = Subspace.from_pretrained(str(self.subspace))
         except ArtifactError as error:
             logger.warning("The adapter is saved without its Subspace, which is no longer there: %s", error)
             return None

@@ -292,6 +292,12 @@ class _Planner:
                     "Use a "
                     "Subspace of this model, or norm_gain=False."
                 ) from error
+            if any(parameter.shape != (width,) for parameter in norm.parameters()):
+                raise MismatchError(
+                    f"The Subspace names {name!r} ({type(norm).__name__}) as a norm of width {width}, which it is "
+                    "not. Use a "
+                    "Subspace of this model, or norm_gain=False."
+                )
             self._norms[name] = measure_norm(norm, width)
             if self._norms[name] is None:
                 raise ConfigError(

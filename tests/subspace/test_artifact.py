@@ -213,3 +213,39 @@ def test_table_links_to_neuronpedia(llama, tokenizer):
     table = built.features
     expected = [f"https://www.neuronpedia.org/my-model/1-res/{feature}" for feature in table["feature"]]
     assert table["neuronpedia"].tolist() == expected
+
+
+def _rewrite(subspace, **changes):
+    """The Subspace with one site changed, with a digest that fits: a file by somebody who knows the format."""
+    from dataclasses import replace
+
+    return replace(subspace, sites=(replace(subspace.sites[0], **changes), *subspace.sites[1:]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda site: {"features": site.features - 1 - site.features.min()}, "not distinct features of the SAE"),
+        (lambda site: {"features": torch.zeros_like(site.features)}, "not distinct features of the SAE"),
+        (lambda site: {"basis": 2 * site.basis}, "is not orthonormal"),
+        (lambda site: {"directions": torch.zeros_like(site.directions)}, "does not consist of its features"),
+    ],
+)
+def test_a_subspace_that_belongs_together_but_makes_no_sense_is_refused(subspace, tmp_path, change, message):
+    _rewrite(subspace, **change(subspace.sites[0])).save_pretrained(tmp_path / "out")
+
+    with pytest.raises(ArtifactError, match=message):
+        Subspace.from_pretrained(tmp_path / "out")
+
+
+def test_two_sites_at_one_hook_point_are_refused(subspace, tmp_path):
+    from dataclasses import replace
+
+    replace(subspace, sites=(subspace.sites[0],) * 2).save_pretrained(tmp_path / "out")
+
+    with pytest.raises(ArtifactError, match="two sites have the same hook point"):
+        Subspace.from_pretrained(tmp_path / "out")
+
+
+def test_a_short_description_is_printed(subspace):
+    assert repr(subspace).startswith("Subspace(blocks.0.hook_resid_post: 6 features, rank ")

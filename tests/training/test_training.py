@@ -4,7 +4,7 @@ import yaml
 from tokenizers import processors
 
 from peft_sae import SaeSubspaceConfig
-from peft_sae.errors import ConfigError, DataError
+from peft_sae.errors import ArtifactError, ConfigError, DataError
 from peft_sae.training import read_job, train_adapter
 from peft_sae.training.train import Collator, encode_examples
 from tests.tiny import ALIGNED, make_model, make_subspace, make_tokenizer
@@ -78,3 +78,19 @@ def test_wrong_training_arguments_are_told(tmp_path):
     with pytest.raises(DataError, match="no response within 3 tokens"):
         train_adapter(model, make_tokenizer(), ALIGNED, config, tmp_path / "out", max_length=3)
     assert not any("lora_" in name for name, _ in model.named_parameters())
+
+
+def test_numbers_as_people_write_them(tmp_path):
+    (tmp_path / "job.yaml").write_text(
+        "{model: a, data: b, subspace: c, output: d, training: {learning_rate: 2e-4, optim: adamw_torch}}"
+    )
+
+    assert read_job(tmp_path / "job.yaml").training == {"learning_rate": 2e-4, "optim": "adamw_torch"}
+
+
+def test_an_output_that_exists_is_refused_before_anything_is_done(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    model = make_model()
+
+    with pytest.raises(ArtifactError, match="writing there would destroy it"):
+        train_adapter(model, make_tokenizer(), ALIGNED, None, tmp_path)

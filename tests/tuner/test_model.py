@@ -1,6 +1,7 @@
 """Injection, and what follows it in an adapter's life."""
 
 import copy
+import json
 import re
 import shutil
 from contextlib import contextmanager
@@ -361,6 +362,32 @@ def test_loading_for_training_without_the_subspace_warns_and_still_freezes(tmp_p
     assert torch.equal(logits(loaded), logits(adapted))
     query = loaded.get_base_model().model.layers[0].self_attn.q_proj
     assert not query.lora_A["default"].weight.requires_grad
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_an_adapter_that_is_loaded_to_be_run_looks_up_nothing_that_its_file_names(tmp_path, monkeypatch, record):
+    adapted = adapt(make_model(), r=3)
+    adapted.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = {**json.loads(path.read_text()), "subspace": "somebody/tracker"}
+    path.write_text(json.dumps(config if record else {**config, "basis_record": None}))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the Hub"))
+
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path)
+    assert torch.equal(logits(loaded), logits(adapted))
+    loaded.save_pretrained(tmp_path / "again")
+
+
+def test_a_record_that_would_unfreeze_the_basis_is_refused(tmp_path):
+    adapt(make_model(), freeze_basis=True).save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path / "subspace")
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["basis_record"]["modules"] = {}
+    path.write_text(json.dumps(config))
+
+    with pytest.raises(ConfigError, match="basis_record says nothing of the basis"):
+        PeftModel.from_pretrained(make_model(), tmp_path)
 
 
 def test_saving_a_loaded_adapter_carries_the_subspace_on(tmp_path):
