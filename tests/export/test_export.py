@@ -186,15 +186,22 @@ def test_outputs_that_would_destroy_something_are_refused(trained, tmp_path):
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("change", [{"num_hidden_layers": 2}, {"num_hidden_layers": 4}, {"family": "mistral"}])
-@pytest.mark.parametrize("kind", ["ours", "lora"])
-def test_a_base_of_another_depth_or_architecture_is_refused(trained, tmp_path, change, kind):
+@pytest.mark.parametrize(
+    ("kind", "change"),
+    [
+        ("ours", {"num_hidden_layers": 2}),
+        ("ours", {"num_hidden_layers": 4}),
+        ("ours", {"family": "mistral"}),  # a plain LoRA adapter does not say what it was trained on
+        ("lora", {"num_hidden_layers": 2}),
+        ("lora", {"num_hidden_layers": 4}),
+    ],
+    ids=str,
+)
+def test_a_base_of_another_depth_or_architecture_is_refused(trained, tmp_path, kind, change):
     _, adapter, _ = trained()
     if kind == "lora":
         export_lora(adapter, tmp_path / "lora")
         adapter = tmp_path / "lora"
-        if "family" in change:
-            pytest.skip("a plain LoRA adapter does not say what it was trained on")
     sizes = {name: value for name, value in change.items() if name != "family"}
     make_model(change.get("family", "llama"), **sizes).save_pretrained(tmp_path / "other")
 
