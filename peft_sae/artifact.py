@@ -87,8 +87,7 @@ def check_target(target: str | Path, *, owned: Collection[str] = ()) -> Path:
         raise ArtifactError(f"'{str(target)[:200]}' cannot be written ({error}). Give another folder.") from error
     raise ArtifactError(
         f"'{target}' exists{f' and holds {foreign[:3]}' if foreign else ' and is a file'}; writing there would "
-        "destroy it. "
-        "Give another folder or remove this one."
+        "destroy it. Give another folder or remove this one."
     )
 
 

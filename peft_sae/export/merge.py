@@ -84,8 +84,7 @@ def _merge(model: Any, base: str | Path, adapter: str | Path, weights: Mapping[s
     except ValueError as error:  # the check of safe_merge
         raise ArtifactError(
             f"Merging '{adapter}' into '{base}' gives NaN or infinity ({error}). One of the two holds such values, or "
-            "the "
-            "update is too large; train again with a lower learning rate."
+            "the update is too large; train again with a lower learning rate."
         ) from error
 
 

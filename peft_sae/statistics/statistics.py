@@ -189,7 +189,6 @@ class FeatureStatistics:
         if digest(tensors, statistics._description()) != description.get("digest"):
             raise ArtifactError(
                 f"The content of '{folder}' has not the digest that was written with it: a file was changed or mixed "
-                "up. "
-                "Collect the statistics again."
+                "up. Collect the statistics again."
             )
         return statistics

@@ -109,8 +109,7 @@ class SaeSubspaceConfig(LoraConfig):
         if self.subspace is not None and not isinstance(self.subspace, (str, Subspace)):
             raise ConfigError(
                 f"subspace is a {type(self.subspace).__name__}, from which no basis can be had. Give a Subspace, a "
-                "path, or "
-                "a Hub id."
+                "path, or a Hub id."
             )
         if self.r != "auto" and (not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1):
             raise ConfigError(f"r={self.r!r} is no rank. Give a positive integer or 'auto'.")
@@ -138,8 +137,7 @@ class SaeSubspaceConfig(LoraConfig):
         if self.layer_replication:
             raise ConfigError(
                 "layer_replication changes which block is which, so the sites of the subspace would be mistaken. Use "
-                "one "
-                "of the two."
+                "one of the two."
             )
 
     def to_dict(self) -> dict[str, Any]:

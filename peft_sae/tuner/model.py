@@ -14,7 +14,8 @@ from torch import nn
 
 from ..errors import ConfigError
 from .config import NO_BASIS, SaeSubspaceConfig
-from .plan import InjectionPlan, ModulePlan, describe_model, make_plan
+from .module_plan import ModulePlan
+from .plan import InjectionPlan, describe_model, make_plan
 from .resolve import resolve_subspace
 
 
@@ -43,8 +44,7 @@ class SaeSubspaceModel(LoraModel):
         if not isinstance(config, SaeSubspaceConfig):
             raise ConfigError(
                 f"The configuration of {adapter_name!r} is a {type(config).__module__}.{type(config).__name__}, made "
-                "by "
-                "another package or before peft_sae was imported anew. Make it again with SaeSubspaceConfig."
+                "by another package or before peft_sae was imported anew. Make it again with SaeSubspaceConfig."
             )
         before = dict(config.__dict__)
         subspace = resolve_subspace(config)
@@ -84,8 +84,7 @@ class SaeSubspaceModel(LoraModel):
             wish = "freeze_basis=True" if config.freeze_basis else "r='auto'"
             raise ConfigError(
                 f"{wish} needs a basis, and target_parameters={config.target_parameters} get none: they are adapted "
-                "as plain "
-                "LoRA. Use a number for r and freeze_basis=False, or target modules only."
+                "as plain LoRA. Use a number for r and freeze_basis=False, or target modules only."
             )
 
     @staticmethod

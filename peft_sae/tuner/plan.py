@@ -2,56 +2,19 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, MismatchError
-from ..layout import BlockLayout, ModuleRole
-from ..subspace import Subspace, SubspaceSite
-from .basis import NormGain, fill_rows, measure_norm, orthonormal_rows, through_norm
-from .config import RECORD_ENTRIES, SaeSubspaceConfig
-from .sites import nearest_site, own_sites, sites_of_role
+from ..subspace import Subspace
+from .config import SaeSubspaceConfig
+from .module_plan import ModulePlan, asked_rank
+from .planner import Planner
 
-logger = logging.getLogger(__name__)
-
-# What LoRA adapts beside linear modules (`peft.tuners.lora.layer.dispatch_default`).
-_PLAIN_TYPES = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
 _MODEL_ENTRIES = ("model_type", "hidden_size", "num_hidden_layers")
-
-
-@dataclass(frozen=True)
-class ModulePlan:
-    """What one module gets.
-
-    Attributes:
-        side: `read`, `write`, or `none` for plain LoRA.
-        rank: rank of its adapter.
-        hook_name: hook point that its basis comes from; None for plain LoRA.
-        basis: number of its directions that come from features.
-        filled: number of its directions that do not.
-        dropped: number of the basis' directions, the least important ones, that its rank has no room for.
-        rows: the directions, float32 [rank, width]; None if there is nothing to initialise.
-    """
-
-    side: str
-    rank: int
-    hook_name: str | None = None
-    basis: int = 0
-    filled: int = 0
-    dropped: int = 0
-    rows: torch.Tensor | None = None
-
-    def to_record(self) -> dict[str, Any]:
-        """Return what is worth keeping, as JSON-serialisable data."""
-        return {name: getattr(self, name) for name in RECORD_ENTRIES}
 
 
 @dataclass(frozen=True)
@@ -84,7 +47,7 @@ def make_plan(
     record = config.basis_record or {"model": {}, "modules": {}}
     _check_model(model, record["model"] if subspace is None else subspace.model)
     if subspace is not None:
-        return InjectionPlan(subspace, _Planner(config, model, subspace).plan(list(targets)))
+        return InjectionPlan(subspace, Planner(config, model, subspace).plan(list(targets)))
     return InjectionPlan(None, {name: _from_record(config, name, record["modules"].get(name)) for name in targets})
 
 
@@ -108,7 +71,7 @@ def _check_model(model: nn.Module, expected: Mapping[str, Any]) -> None:
 
 
 def _from_record(config: SaeSubspaceConfig, name: str, entry: Mapping[str, Any] | None) -> ModulePlan:
-    rank = _asked_rank(config, name)
+    rank = asked_rank(config, name)
     if rank is None:
         raise ConfigError(
             "r='auto' needs the Subspace that the ranks come from, and it is not there. Give it or a number."
@@ -116,255 +79,6 @@ def _from_record(config: SaeSubspaceConfig, name: str, entry: Mapping[str, Any] 
     if config.freeze_basis and (entry is None or entry["side"] == "none"):
         raise ConfigError(
             f"freeze_basis=True, and basis_record says nothing of the basis of {name!r}, so nothing in it would be "
-            "frozen. "
-            "Restore the adapter's configuration."
+            "frozen. Restore the adapter's configuration."
         )
     return ModulePlan(rank=rank, **(entry or {"side": "none"}))
-
-
-def _asked_rank(config: SaeSubspaceConfig, name: str) -> int | None:
-    """The rank that the configuration asks for, or None for the basis' own."""
-    rank: Any = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), config.r)
-    return None if rank == "auto" else int(rank)
-
-
-class _Planner:
-    """Finds sites and bases; what several modules share is computed once."""
-
-    def __init__(self, config: SaeSubspaceConfig, model: nn.Module, subspace: Subspace) -> None:
-        self._config = config
-        self._model = model
-        self._subspace = subspace
-        self._layout: BlockLayout = subspace.layout
-        self._norms: dict[str, NormGain | None] = {}
-        self._rows: dict[tuple[str, str, str | None], torch.Tensor] = {}
-
-    def plan(self, targets: Sequence[str]) -> dict[str, ModulePlan]:
-        self._check_sides(targets)
-        plans, alone = {}, []
-        for name in targets:
-            plan = self._plan_module(name, self._model.get_submodule(name))
-            if plan is None:
-                alone.append(name)
-            else:
-                plans[name] = plan
-        self._check_left_alone(plans, alone)
-        self._tell_dropped(plans)
-        return plans
-
-    def _check_sides(self, targets: Sequence[str]) -> None:
-        for key in self._config.sides or {}:
-            if targets and not any(name == key or name.endswith(f".{key}") for name in targets):
-                raise ConfigError(
-                    f"sides names {key!r}, which is the end of no target's name, so it would have no effect. Targets "
-                    "end "
-                    f"in {sorted({name.split('.')[-1] for name in targets})}."
-                )
-
-    @staticmethod
-    def _tell_dropped(plans: Mapping[str, ModulePlan]) -> None:
-        short = {name: plan for name, plan in plans.items() if plan.dropped}
-        if short:
-            plan = max(short.values(), key=lambda plan: plan.dropped)
-            logger.warning(
-                "r=%d keeps %d of the %d directions of the basis at %s (%d modules are cut like that); the least "
-                "important are left out. Use r='auto' or a larger r to keep all.",
-                plan.rank,
-                plan.basis,
-                plan.basis + plan.dropped,
-                plan.hook_name,
-                len(short),
-            )
-
-    def _check_left_alone(self, plans: Mapping[str, ModulePlan], alone: list[str]) -> None:
-        if not alone:
-            return
-        sites = [site.sae.hook_name for site in self._subspace.sites]
-        if not plans or self._config.layers_to_transform is not None:
-            raise MismatchError(
-                f"layer_map='exact', and the target {alone[0]!r} touches none of the Subspace's sites {sites} within "
-                "its "
-                "block. What a block leaves in resid_post is read by the next block, and written by its own. Use "
-                "layer_map='nearest', or target blocks that touch a site."
-            )
-        logger.info("layer_map='exact' leaves %d modules alone that touch no site (%s ...).", len(alone), alone[0])
-
-    def _plan_module(self, name: str, module: nn.Module) -> ModulePlan | None:
-        if isinstance(module, BaseTunerLayer):
-            module = module.get_base_layer()
-        place = self._layout.locate(name)
-        role, site = self._find_site(name, module, place)
-        if role is None:
-            return self._plain(name, module)
-        if site is None:
-            return None
-        norm_name = None
-        if self._config.norm_gain and role.norm is not None and place is not None:
-            norm_name = f"{place[0]}.{role.norm}" if place[0] else role.norm
-        width = _width(module, role.side)
-        if width is not None and width != site.sae.d_in:
-            raise MismatchError(
-                f"Target {name!r} is {width} wide on its {role.side} side, and the basis at {site.sae.hook_name} is "
-                f"{site.sae.d_in} wide. Use a Subspace of this model, or set sides={{{name!r}: 'none'}}."
-            )
-        if _is_on_meta(module):  # nothing can be initialised there, so only the sizes matter
-            return self._fit_rank(name, role, site, None)
-        return self._fit_rank(name, role, site, self._module_rows(site, role, norm_name))
-
-    def _plain(self, name: str, module: nn.Module) -> ModulePlan:
-        """A module that no basis belongs to: plain LoRA."""
-        if _width(module, "read") is None and not isinstance(module, _PLAIN_TYPES):
-            raise ConfigError(
-                f"Target {name!r} is a {type(module).__name__}, which LoRA cannot adapt. Take it out of target_modules."
-            )
-        rank = _asked_rank(self._config, name)
-        if self._config.freeze_basis:
-            raise ConfigError(
-                f"Target {name!r} ({type(module).__name__}) has no basis that freeze_basis=True could freeze. Exclude "
-                "it with exclude_modules, or use freeze_basis=False."
-            )
-        if rank is None:
-            raise ConfigError(
-                f"Target {name!r} ({type(module).__name__}) has no basis, so r='auto' gives it no rank. Give it one in "
-                "rank_pattern, or set r to a number."
-            )
-        return ModulePlan(side="none", rank=rank)
-
-    def _find_site(
-        self, name: str, module: nn.Module, place: tuple[str, int, str] | None
-    ) -> tuple[ModuleRole | None, SubspaceSite | None]:
-        """The module's role, None for plain LoRA, and its site, None if it is to be left alone."""
-        given = self._given_side(name)
-        if given == "none" or (not isinstance(module, (nn.Linear, Conv1D)) and not hasattr(module, "in_features")):
-            return None, None
-        roles = self._layout.roles.get(place[2], ()) if place is not None else ()
-        if given is not None:
-            roles = tuple(role for role in roles if role.side == given) or (_default_role(given),)
-        if not roles:
-            raise ConfigError(
-                f"Target {name!r} is not known to read or to write the residual stream in {self._model_type()}, so "
-                f"its basis has no place. Say which with sides={{{name.split('.')[-1]!r}: 'read'}} ('write', or 'none' "
-                "for plain LoRA), or do not target it."
-            )
-        block = place[1] if place is not None else int(self._subspace.model.get("num_hidden_layers", 0))
-        for role in roles:
-            candidates = sites_of_role(self._subspace.sites, role, block)
-            if candidates and self._config.layer_map == "exact":
-                candidates = own_sites(candidates, role, block)
-                return role, nearest_site(candidates, role, block) if candidates else None
-            if candidates:
-                return role, nearest_site(candidates, role, block)
-        kinds = sorted({site.sae.site.kind for site in self._subspace.sites})
-        raise MismatchError(
-            f"Target {name!r} can get no basis from SAEs at {kinds} alone: it {roles[0].side}s {roles[0].site}. "
-            "Target other "
-            "modules, or build the Subspace from SAEs of the residual stream."
-        )
-
-    def _given_side(self, name: str) -> str | None:
-        for key, side in (self._config.sides or {}).items():
-            if name == key or name.endswith(f".{key}"):
-                return side
-        return None
-
-    def _model_type(self) -> str:
-        return str(getattr(getattr(self._model, "config", None), "model_type", type(self._model).__name__))
-
-    def _module_rows(self, site: SubspaceSite, role: ModuleRole, norm_name: str | None) -> torch.Tensor:
-        key = (site.sae.hook_name, role.side, norm_name)
-        if key not in self._rows:
-            gain = None if norm_name is None else self._norm(norm_name, site.basis.shape[1])
-            rows = orthonormal_rows(through_norm(site.basis, gain, role.side))
-            if rows.shape[0] == 0:
-                raise MismatchError(
-                    f"Nothing of the basis at {site.sae.hook_name} passes the norm {norm_name!r}. Use norm_gain=False."
-                )
-            self._rows[key] = rows
-        return self._rows[key]
-
-    def _norm(self, name: str, width: int) -> NormGain | None:
-        if name not in self._norms:
-            try:
-                norm = self._model.get_submodule(name)
-            except AttributeError as error:
-                raise MismatchError(
-                    f"The Subspace expects a norm at {name!r}, and the model has none: it is of another architecture. "
-                    "Use a "
-                    "Subspace of this model, or norm_gain=False."
-                ) from error
-            if any(parameter.shape != (width,) for parameter in norm.parameters()):
-                raise MismatchError(
-                    f"The Subspace names {name!r} ({type(norm).__name__}) as a norm of width {width}, which it is "
-                    "not. Use a "
-                    "Subspace of this model, or norm_gain=False."
-                )
-            self._norms[name] = measure_norm(norm, width)
-            if self._norms[name] is None:
-                raise ConfigError(
-                    f"The norm {name!r} is on the meta device while modules behind it are not, so its gain cannot be "
-                    "had. "
-                    "Load the model without offloading, or use norm_gain=False."
-                )
-        return self._norms[name]
-
-    def _fit_rank(self, name: str, role: ModuleRole, site: SubspaceSite, rows: torch.Tensor | None) -> ModulePlan:
-        asked = _asked_rank(self._config, name)
-        found, width = site.basis.shape if rows is None else rows.shape
-        rank = found if asked is None else asked
-        if rank > width:
-            raise ConfigError(
-                f"r={rank} exceeds the {width} dimensions that {name!r} {role.side}s, so no basis has so many "
-                "directions. Use "
-                f"r='auto' or r <= {width}."
-            )
-        missing = max(0, rank - found)
-        if missing:
-            self._check_fill(name, rank, found)
-        if missing and rows is not None:
-            rows = torch.cat([rows, self._fill(name, rows, missing)])
-        return ModulePlan(
-            side=role.side,
-            rank=rank,
-            hook_name=site.sae.hook_name,
-            basis=min(rank, found),
-            filled=missing,
-            dropped=max(0, found - rank),
-            rows=None if rows is None else rows[:rank].float(),
-        )
-
-    def _check_fill(self, name: str, rank: int, found: int) -> None:
-        if self._config.fill == "zeros" or (self._config.fill == "orthogonal" and not self._config.freeze_basis):
-            return
-        reason = "fill='error' forbids to make up the others"
-        if self._config.freeze_basis:
-            reason = (
-                "with freeze_basis=True the others would be frozen arbitrary directions, outside the features' span"
-            )
-        raise ConfigError(
-            f"r={rank} exceeds the {found} directions of the basis of {name!r}, and {reason}. Use r='auto', r <= "
-            f"{found}, "
-            "fill='zeros', or a larger variance or top_k when building the Subspace."
-        )
-
-    def _fill(self, name: str, rows: torch.Tensor, missing: int) -> torch.Tensor:
-        if self._config.fill == "zeros":
-            return rows.new_zeros(missing, rows.shape[1])
-        return fill_rows(rows, missing, seed=f"{self._subspace.digest}/{name}")
-
-
-def _is_on_meta(module: nn.Module) -> bool:
-    parameter = next(module.parameters(), None)
-    return parameter is not None and parameter.is_meta
-
-
-def _default_role(side: str) -> ModuleRole:
-    if side == "write":
-        return ModuleRole(side="write", site="resid_post")
-    return ModuleRole(side="read", site="resid_pre")
-
-
-def _width(module: nn.Module, side: str) -> int | None:
-    if isinstance(module, Conv1D):
-        return int(module.weight.shape[0 if side == "read" else 1])
-    width = getattr(module, "in_features" if side == "read" else "out_features", None)
-    return None if width is None else int(width)

@@ -26,8 +26,7 @@ def check_peft() -> None:
     if Version(peft.__version__) < Version(MINIMUM_PEFT):
         raise UnsupportedPeftError(
             f"peft_sae {ours} needs peft {MINIMUM_PEFT} or newer, and peft {peft.__version__} is installed, so "
-            "SAE_SUBSPACE "
-            "cannot be registered. Upgrade with `pip install -U peft`."
+            "SAE_SUBSPACE cannot be registered. Upgrade with `pip install -U peft`."
         )
     needed = {
         "BaseTunerLayer.frozen_peft_weight_names": hasattr(BaseTunerLayer, "frozen_peft_weight_names"),
