@@ -111,7 +111,7 @@ def test_a_parent_that_cannot_be_written_is_an_artifact_error(tmp_path, monkeypa
 
     monkeypatch.setattr("tempfile.mkdtemp", refuse)
 
-    with pytest.raises(ArtifactError, match="Permission denied.*Give a writable folder"):
+    with pytest.raises(ArtifactError, match=r"Permission denied.*Give a writable folder"):
         _write(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
