@@ -31,11 +31,13 @@ class Example:
         ids: token ids, BOS included where there is one.
         counted: for each token, whether it is among those that were asked for.
         templated: whether a chat template rendered the text, and so has ended it as the model expects.
+        cut: whether the text went on.
     """
 
     ids: list[int]
     counted: list[bool]
     templated: bool = False
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,11 @@ class ExampleReader:
         if self._tokenizer.pad_token_id == self._tokenizer.eos_token_id:
             ignored = {self._tokenizer.bos_token_id}  # here padding is known from the attention mask alone
         counted = [keep and token not in ignored for keep, token in zip(counted, ids, strict=True)]
-        if len(ids) > self._max_length:
+        cut = len(ids) > self._max_length
+        if cut:
             self.truncated += 1
             ids, counted = ids[: self._max_length], counted[: self._max_length]
-        return Example(ids=ids, counted=counted, templated=templated)
+        return Example(ids=ids, counted=counted, templated=templated, cut=cut)
 
     def _counts(self, start: int, end: int, spans: list[tuple[int, int]] | None) -> bool:
         """Whether the token at these characters counts, given the spans of the response."""

@@ -40,11 +40,10 @@ def train_adapter(
         model: the base model, adapted in place.
         tokenizer: its tokenizer.
         data: records with `prompt` and `completion`, or with `messages`; see `collect_statistics`. Plain text counts
-        whole.
+            whole.
         config: the adapter's configuration, of any PEFT type.
         output: folder that the trained adapter is written to; missing or empty. Checkpoints, if `save_strategy` asks
-        for
-            them, go beside it, into a folder whose name ends in `.checkpoints`.
+            for them, go beside it, into a folder whose name ends in `.checkpoints`.
         max_length: tokens per example; longer ones are cut. By default the model's context length.
         progress: show the Trainer's progress bar.
         **arguments: passed on to `transformers.TrainingArguments`.
@@ -80,7 +79,7 @@ def train_adapter(
 def encode_examples(tokenizer: PreTrainedTokenizerBase, data: Data, max_length: int) -> list[dict[str, list[int]]]:
     """Tokenise training data, with the prompt's labels masked.
 
-    EOS is learned at the end of a text, except where a chat template has ended it in its own way.
+    EOS is learned at the end of a text, except where a chat template has ended it in its own way or the text was cut.
 
     Args:
         tokenizer: a fast tokenizer.
@@ -107,7 +106,7 @@ def encode_examples(tokenizer: PreTrainedTokenizerBase, data: Data, max_length: 
         ids, eos = list(example.ids), tokenizer.eos_token_id
         if ids[-1] == eos:  # put there by the tokenizer, which the reader does not count
             labels[-1] = eos
-        elif eos is not None and not example.templated:
+        elif eos is not None and not example.templated and not example.cut:
             ids, labels = [*ids, eos], [*labels, eos]
         if all(label in (_IGNORED, tokenizer.eos_token_id) for label in labels):
             raise DataError(

@@ -62,8 +62,7 @@ class SaeSubspaceConfig(LoraConfig):
         sides: side of modules (name or end of a name: `"read"`, `"write"`, or `"none"` for plain LoRA),
             where it is not known from the architecture or is to be another one.
         basis_record: written at injection: the Subspace's digest, its model, and each module's side, hook point and
-        number
-            of directions from the basis, filled up, and dropped. Not meant to be set by hand.
+            number of directions from the basis, filled up, and dropped. Not meant to be set by hand.
 
     Raises:
         ConfigError: unknown field, value out of range, or a combination that cannot work.

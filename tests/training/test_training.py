@@ -26,6 +26,12 @@ def test_the_end_is_learned_once_and_left_to_the_chat_template():
     assert turns == {"input_ids": [1, 16, 9, 17, 7, 8], "labels": [-100, -100, -100, -100, 7, 8]}
 
 
+def test_a_text_that_was_cut_does_not_teach_to_stop():
+    (feature,) = encode_examples(make_tokenizer(), ["red green blue sun"], 4)
+
+    assert feature == {"input_ids": [1, 4, 5], "labels": [-100, 4, 5]}
+
+
 def test_training_lowers_the_loss_on_completions_only(tmp_path):
 
     tokenizer, model = make_tokenizer(), make_model()
