@@ -83,7 +83,7 @@ def test_bos_is_prepended_once_where_the_sae_was_trained_with_it():
 
 def test_long_texts_are_cut_and_counted():
     reader = _reader(max_length=3)
-    assert reader.read("red green blue sun", 0) == Example([1, 4, 5], [False, True, True])
+    assert reader.read("red green blue sun", 0) == Example([1, 4, 5], [False, True, True], cut=True)
     reader.read("red green", 1)
     assert reader.truncated == 1
 
