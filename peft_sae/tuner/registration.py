@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import peft
 from packaging.version import Version
 from peft import PeftType
@@ -81,6 +85,20 @@ def register_classes(config_cls: type, model_cls: type) -> None:
     for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
         mapping.pop(member, None)
     peft.utils.register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls, prefix="lora_")
+
+
+@contextmanager
+def viewed_as_lora(*configs: Any) -> Iterator[None]:
+    """Give configurations the type LORA for the time of a call into code that does its work for no other."""
+    kept = [(config, config.peft_type) for config in configs]
+    for config in configs:
+        if config.peft_type == PeftType(NAME):
+            config.peft_type = PeftType.LORA
+    try:
+        yield
+    finally:
+        for config, peft_type in kept:
+            config.peft_type = peft_type
 
 
 def _add_enum_member() -> None:

@@ -1,0 +1,222 @@
+"""Every place where PEFT or transformers asks for the type LORA and offers no way to add another.
+
+Each patch names the line that it answers and wraps the function around it; nothing is copied. It is applied only while
+that line stands in the installed version: a version that has changed it is left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import peft
+from peft import LoraModel, PeftType
+
+from .config import BESIDE, SUBSPACE_FOLDER, SaeSubspaceConfig
+from .model import SaeMixedModel, SaeSubspaceModel, without_basis
+from .registration import viewed_as_lora
+
+logger = logging.getLogger(__name__)
+
+Function = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One wrapped function.
+
+    Attributes:
+        module: where it is looked up.
+        name: its name there, with its class if it has one.
+        line: the line that is answered.
+        wrap: takes the function and returns the one to put in its place.
+    """
+
+    module: str
+    name: str
+    line: str
+    wrap: Callable[[Function], Function]
+
+
+def _as_lora(original: Function) -> Function:
+    """For functions that do their work for the type LORA only and have the configuration as an argument."""
+
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        ours = [value for value in (*args, *kwargs.values()) if isinstance(value, SaeSubspaceConfig)]
+        with viewed_as_lora(*ours):
+            return original(*args, **kwargs)
+
+    return wrapper
+
+
+def _beside_lora(original: Function) -> Function:
+    """LORA and SAE_SUBSPACE adapters live in one model; the tuner becomes the one that knows both."""
+
+    @functools.wraps(original)
+    def add_adapter(self: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if {self.peft_type, peft_config.peft_type} != {PeftType.LORA, PeftType.SAE_SUBSPACE}:
+            return original(self, adapter_name, peft_config, *args, **kwargs)
+        own_type, tuner, own_class = self.peft_type, self.base_model, type(self.base_model)
+        if own_class is LoraModel:
+            tuner.__class__ = SaeSubspaceModel
+        self.peft_type = peft_config.peft_type
+        try:
+            return original(self, adapter_name, peft_config, *args, **kwargs)
+        except Exception:
+            tuner.__class__ = own_class
+            raise
+        finally:
+            self.peft_type = own_type
+
+    return add_adapter
+
+
+def _reduce_intruders(original: Function) -> Function:
+    """The reduced adapter is computed from the old one, so it has no basis, and keeps within none."""
+
+    @functools.wraps(original)
+    def reduce_intruder_dimension(peft_model: Any, old_adapter_name: str = "default", *args: Any, **kwargs: Any) -> Any:
+        config = peft_model.peft_config.get(old_adapter_name)
+        if not isinstance(config, SaeSubspaceConfig):
+            return original(peft_model, old_adapter_name, *args, **kwargs)
+        own_type = peft_model.peft_type
+        peft_model.peft_type = PeftType.LORA
+        peft_model.peft_config[old_adapter_name] = without_basis(config)
+        try:
+            return original(peft_model, old_adapter_name, *args, **kwargs)
+        finally:
+            peft_model.peft_config[old_adapter_name] = config
+            peft_model.peft_type = own_type
+
+    return reduce_intruder_dimension
+
+
+def _hotswap_in_transformers(original: Function) -> Function:
+    @functools.wraps(original)
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = self.peft_config if getattr(self, "_hf_peft_config_loaded", False) else {}
+        hotswap = kwargs.get("hotswap", "auto")
+        if hotswap == "auto":
+            hotswap = getattr(self, "_hotswap_enabled", False)
+        ours = [config for config in loaded.values() if isinstance(config, SaeSubspaceConfig)] if hotswap else []
+        with viewed_as_lora(*ours):
+            return original(self, *args, **kwargs)
+
+    return load_adapter
+
+
+def _find_subspace_beside(original: Function) -> Function:
+    """`PeftConfig.from_pretrained` builds our class without telling it the folder that it read."""
+
+    @functools.wraps(original)
+    def from_pretrained(cls: type, path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
+        config = original(cls, path, subfolder, **kwargs)
+        beside = Path(path, subfolder or "", SUBSPACE_FOLDER)
+        if isinstance(config, SaeSubspaceConfig) and config.subspace == BESIDE and beside.is_dir():
+            config.subspace = str(beside)
+        return config
+
+    return from_pretrained
+
+
+def _tag_model_card(original: Function) -> Function:
+    @functools.wraps(original)
+    def tags(self: Any) -> list[str]:
+        found: list[str] = original(self)
+        if self.active_peft_config.peft_type == PeftType.SAE_SUBSPACE:
+            found += ["peft_sae", "sae-subspace"]
+        return found
+
+    return tags
+
+
+PATCHES = (
+    Patch(
+        "peft.utils.transformers_weight_conversion",
+        "convert_peft_config_for_transformers",
+        "if peft_config.peft_type != PeftType.LORA:",
+        _as_lora,
+    ),
+    Patch(
+        "peft.utils.transformers_weight_conversion",
+        "convert_peft_adapter_state_dict_for_transformers",
+        "if peft_config.peft_type != PeftType.LORA:",
+        _as_lora,
+    ),
+    Patch("peft.peft_model", "PeftModel.add_adapter", "if peft_config.peft_type != self.peft_type:", _beside_lora),
+    Patch(
+        "peft.tuners.lora.intruders",
+        "reduce_intruder_dimension",
+        'if peft_model.peft_type != "LORA":',
+        _reduce_intruders,
+    ),
+    Patch("peft.peft_model", "PeftModel._get_peft_specific_model_tags", 'if peft_method == "LORA":', _tag_model_card),
+    Patch(
+        "peft.config",
+        "PeftConfigMixin.from_pretrained",
+        "return cls.from_peft_type(**kwargs)",
+        _find_subspace_beside,
+    ),
+    Patch(
+        "transformers.integrations.peft",
+        "PeftAdapterMixin.load_adapter",
+        "if any(conf.peft_type != PeftType.LORA for conf in self.peft_config.values()):",
+        _hotswap_in_transformers,
+    ),
+)
+
+
+def apply_patches() -> list[Patch]:
+    """Apply the patches that are not applied yet, and return those whose line is not there any more."""
+    missing = [patch for patch in PATCHES if not _apply(patch)]
+    for patch in missing:
+        logger.debug("%s.%s has no line %r; it is left as it is.", patch.module, patch.name, patch.line)
+    _enter_tables()
+    return missing
+
+
+def _apply(patch: Patch) -> bool:
+    holder: Any = import_module(patch.module)
+    *owner, name = patch.name.split(".")
+    for part in owner:
+        holder = getattr(holder, part, None)
+    found = vars(holder).get(name) if holder is not None else None
+    function = found.__func__ if isinstance(found, classmethod) else found
+    # A package that is imported anew wraps the function itself, not the earlier wrapper.
+    function = getattr(function, "__peft_sae_original__", function)
+    if function is None or patch.line not in inspect.getsource(function):
+        return False
+    wrapped: Any = patch.wrap(function)
+    wrapped.__peft_sae_original__ = function
+    wrapped = classmethod(wrapped) if isinstance(found, classmethod) else wrapped
+    setattr(holder, name, wrapped)
+    for other in _other_names(patch, found):
+        setattr(other, name, wrapped)
+    return True
+
+
+def _other_names(patch: Patch, found: Any) -> list[Any]:
+    """Modules of PEFT that have imported a function under the same name."""
+    if "." in patch.name:
+        return []
+    modules = (peft, peft.tuners, peft.tuners.lora, peft.utils)
+    return [module for module in modules if vars(module).get(patch.name) is found]
+
+
+def _enter_tables() -> None:
+    """Add the type to tables that PEFT keeps as module constants."""
+    mixed: Any = import_module("peft.tuners.mixed")
+    mixed_model: Any = import_module("peft.mixed_model")
+    keys = import_module("peft.utils.hotswap").CONFIG_KEYS_TO_CHECK
+    keys[PeftType.SAE_SUBSPACE] = list(keys[PeftType.LORA])
+    if PeftType.SAE_SUBSPACE not in mixed.COMPATIBLE_TUNER_TYPES:
+        mixed.COMPATIBLE_TUNER_TYPES = (*mixed.COMPATIBLE_TUNER_TYPES, PeftType.SAE_SUBSPACE)
+    # The mixed model would take the configuration for a LoraConfig and leave out the basis.
+    mixed_model.MixedModel = SaeMixedModel
