@@ -81,10 +81,14 @@ class BlockLayout:
         blocks: path of the list of blocks in the causal language model, for example `model.layers`.
         roles: path within a block, for example `self_attn.q_proj`, to the module's roles. The first
             role is the usual one.
+        head: path in the causal language model of the module that reads the stream behind the last block, or None.
+        final_norm: path in it of the norm between the two, or None.
     """
 
     blocks: str
     roles: Mapping[str, tuple[ModuleRole, ...]]
+    head: str | None = None
+    final_norm: str | None = None
 
     def locate(self, module_name: str) -> tuple[str, int, str] | None:
         """Split a module's name into the path of its block, the block's index and the rest.
@@ -100,10 +104,16 @@ class BlockLayout:
                 return block_path, int(match[1]), module_name[match.end() :]
         return None
 
+    def locate_head(self, module_name: str) -> str | None:
+        """Return what precedes the head's path in a module's name, `""` or a path with a dot; None if it is another."""
+        if self.head is None or not _is_path_suffix(self.head, module_name):
+            return None
+        return module_name[: len(module_name) - len(self.head)]
+
     def to_dict(self) -> dict[str, Any]:
         """Return the layout as JSON-serialisable data."""
         roles = {path: [asdict(role) for role in roles] for path, roles in self.roles.items()}
-        return {"blocks": self.blocks, "roles": roles}
+        return {"blocks": self.blocks, "roles": roles, "head": self.head, "final_norm": self.final_norm}
 
     @classmethod
     def from_dict(cls, data: Any) -> BlockLayout:
@@ -116,7 +126,8 @@ class BlockLayout:
             roles = {
                 str(path): tuple(_role_from_dict(entry) for entry in entries) for path, entries in data["roles"].items()
             }
-            return cls(blocks=str(data["blocks"]), roles=roles)
+            ends = [None if data[name] is None else str(data[name]) for name in ("head", "final_norm")]
+            return cls(str(data["blocks"]), roles, *ends)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ArtifactError(
                 f"The block layout is malformed ({error!r}), so the modules' sides are unknown. "

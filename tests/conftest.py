@@ -38,3 +38,7 @@ def subspace(llama, tokenizer, saes):
     return build_subspace(
         llama, tokenizer, saes=saes, aligned=tiny.ALIGNED, unaligned=tiny.UNALIGNED, top_k=6, progress=False
     )
+
+
+def pytest_addoption(parser):
+    parser.addoption("--parity-table", help="write the table of abilities (tests/parity) to this file")

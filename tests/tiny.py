@@ -51,6 +51,11 @@ FAMILIES = {
     "gpt2": ("GPT2", _GPT2),
     "gpt_neox": ("GPTNeoX", _COMMON),
     "opt": ("OPT", _OPT),
+    "mixtral": ("Mixtral", {**_GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        {**_GROUPED, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
+    ),
 }
 
 
@@ -66,6 +71,20 @@ def make_model(family: str = "llama", *, seed: int = 0, **changes) -> PreTrained
             if "norm" in name or ".ln_" in name:
                 parameter.data += 0.3 * torch.randn_like(parameter)
             elif parameter.dim() > 1:  # initial weights are so small that blocks hardly matter
+                parameter.data *= 4
+    return model.eval()
+
+
+def make_classifier(*, seed: int = 0, **changes) -> PreTrainedModel:
+    """A tiny BERT with a classification head, the norm gains random."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        settings = {**_COMMON, "num_labels": 3, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(**{**settings, **changes}))
+        for name, parameter in model.named_parameters():
+            if "LayerNorm" in name:
+                parameter.data += 0.3 * torch.randn_like(parameter)
+            elif parameter.dim() > 1:
                 parameter.data *= 4
     return model.eval()
 

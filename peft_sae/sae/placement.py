@@ -7,7 +7,7 @@ model each of its hook names stands for. Its adapters are asked here; no second 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,6 +52,11 @@ def find_tap(model: PreTrainedModel, site: Site) -> Tap:
             f"Hook point {site.kind} of block {site.block} does not exist: {type(model).__name__} has {count} blocks "
             f"(0 to {count - 1}). Use SAEs that were trained on this model."
         )
+    if _is_post_norm(bridge) and site.kind in ("resid_mid", "attn_out"):
+        raise MismatchError(
+            f"{type(model).__name__} has its norms behind the sums, so no tensor of it is what {site.kind} means "
+            "elsewhere. Use SAEs at resid_pre, resid_post, mlp_out or z."
+        )
     alias = "attn.o.hook_in" if site.kind == "z" else bridge.hook_aliases.get(f"hook_{site.kind}")
     if alias is None:
         raise MismatchError(
@@ -92,9 +97,11 @@ def find_layout(model: PreTrainedModel) -> BlockLayout:
     """
     from transformer_lens.model_bridge.generalized_components import ParallelBlockBridge
 
-    bridge = _bridge_blocks(model)
+    bridge, head, final_norm = _bridge_parts(model)
     parts = {name: part for name, part in bridge.submodules.items() if part is not None}
     norms = {name: ".".join(_remote_path(bridge, [name])) for name in parts if name.startswith("ln")}
+    if _is_post_norm(bridge):
+        return BlockLayout(bridge.name, _post_norm_roles(model, bridge, norms))
     parallel = isinstance(bridge, ParallelBlockBridge)
     after_attention = "resid_post" if parallel else "resid_mid"
     before_mlp = "resid_pre" if parallel else "resid_mid"
@@ -113,12 +120,40 @@ def find_layout(model: PreTrainedModel) -> BlockLayout:
             roles[path] = (ModuleRole("read", before_mlp, norms.get("ln2", norms.get("ln1"))),)
         elif outputs == width:
             roles[path] = (ModuleRole("write", "resid_post", norms.get("ln2_post")),)
-    return BlockLayout(blocks=_blocks_path(model, bridge.name, absolute=True), roles=roles)
+    return BlockLayout(bridge.name, roles, head, final_norm)
+
+
+def _is_post_norm(bridge: Any) -> bool:
+    """Whether the norms follow the sums, as in BERT: then the first one belongs to the attention's output."""
+    attention, norm = bridge.submodules.get("attn"), bridge.submodules.get("ln1")
+    return attention is not None and norm is not None and str(norm.name).startswith(f"{attention.name}.")
+
+
+def _post_norm_roles(
+    model: PreTrainedModel, bridge: Any, norms: Mapping[str, str]
+) -> dict[str, tuple[ModuleRole, ...]]:
+    """Roles in a block whose stream is what the norms return: it is read as it is, and written through them."""
+    block = model.get_submodule(_blocks_path(model, bridge.name))[0]
+    output = ".".join(_remote_path(bridge, ["attn", "o"]))
+    roles: dict[str, tuple[ModuleRole, ...]] = {}
+    for path in _linear_paths(block, bridge, "attn"):
+        roles[path] = (ModuleRole("read", "resid_pre"),)
+    roles[output] = (ModuleRole("write", "resid_mid", norms["ln1"]), ModuleRole("read", "z"))
+    for path in _linear_paths(block, bridge, "mlp"):
+        written = _is_output(path, bridge)
+        roles[path] = (ModuleRole("write", "resid_post", norms["ln2"]) if written else ModuleRole("read", "resid_mid"),)
+    return roles
 
 
 def _is_output(path: str, bridge: Any) -> bool:
     mlp = bridge.submodules["mlp"]
-    return "out" in mlp.submodules and path.split(".")[-1] == mlp.submodules["out"].name.split(".")[-1]
+    if "out" not in mlp.submodules:
+        return False
+    ends = [part.name.split(".")[-1] for name, part in mlp.submodules.items() if name != "out" and part.name]
+    last = mlp.submodules["out"].name.split(".")[-1]
+    if last in ends:  # BERT calls all of them dense
+        return path == ".".join(_remote_path(bridge, ["mlp", "out"]))
+    return bool(path.split(".")[-1] == last)
 
 
 def _linear_paths(block: nn.Module, bridge: Any, part: str) -> list[str]:
@@ -178,10 +213,8 @@ def _remote_path(bridge: Any, path: Sequence[str]) -> list[str]:
     return names
 
 
-def _blocks_path(model: PreTrainedModel, path: str, *, absolute: bool = False) -> str:
-    """The path of the list of blocks: in the causal language model, or in the model at hand."""
-    if absolute:
-        return path
+def _blocks_path(model: PreTrainedModel, path: str) -> str:
+    """The path of the list of blocks in the model at hand, which may be nested or without its head."""
     candidates = [path, path.split(".", 1)[-1]]
     candidates += [name for name, _ in model.named_modules() if name.endswith(f".{path.split('.', 1)[-1]}")]
     for candidate in candidates:
@@ -197,16 +230,23 @@ def _blocks_path(model: PreTrainedModel, path: str, *, absolute: bool = False) -
 
 
 def _bridge_blocks(model: PreTrainedModel) -> Any:
+    return _bridge_parts(model)[0]
+
+
+def _bridge_parts(model: PreTrainedModel) -> tuple[Any, str | None, str | None]:
+    """The bridge's description of a block, and the paths of the head and of the norm before it."""
     if not getattr(model.config, "do_layer_norm_before", True):
         raise MismatchError(
             f"{type(model).__name__} is configured with do_layer_norm_before=False: its norms come after the blocks' "
             "sums, so it has no residual stream for SAE features to lie in. Use a model with norms before."
         )
-    return _bridge_of(type(model).__name__, model.config)
+    components = _bridge_of(type(model).__name__, model.config)
+    head, norm = (components.get(name) for name in ("unembed", "ln_final"))
+    return components["blocks"], None if head is None else head.name, None if norm is None else norm.name
 
 
 def _bridge_of(class_name: str, config: Any) -> Any:
-    """The bridge's description of one decoder block for an architecture."""
+    """The bridge's description of the parts of an architecture."""
     from transformer_lens.config import TransformerBridgeConfig
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
     from transformer_lens.model_bridge.sources import _bridge_builder, transformers
@@ -224,7 +264,8 @@ def _bridge_of(class_name: str, config: Any) -> Any:
             if value is not None:
                 setattr(bridge_config, name, value)
         adapter = ArchitectureAdapterFactory.select_architecture_adapter(bridge_config)
-        return adapter.component_mapping["blocks"]
+        components = adapter.component_mapping
+        return {name: components.get(name) for name in ("unembed", "ln_final")} | {"blocks": components["blocks"]}
     except (ValueError, KeyError, AttributeError) as error:
         raise MismatchError(
             f"TransformerLens does not know the architecture {class_name} ({error}), so hook points cannot be placed "

@@ -71,7 +71,8 @@ def through_norm(basis: torch.Tensor, norm: NormGain | None, side: Side) -> torc
     what the feature looks like there, and what the module's update reads. (Seen from the stream it reads along
     g * g * d. Reading the stream along d alone would take d / g, which channels of small gain dominate; in the
     demo's worlds neither did better than the other.) A writing module behind a post-norm must write d / g to move
-    the stream along d; channels whose gain is zero it cannot move, and they are left at zero.
+    the stream along d; channels whose gain is zero it cannot move, and they are left at zero. A post-norm that centres
+    takes off the mean of what is written, so that goes before.
 
     Args:
         basis: directions, float [rank, width].
@@ -89,7 +90,32 @@ def through_norm(basis: torch.Tensor, norm: NormGain | None, side: Side) -> torc
             directions = directions - directions.mean(dim=-1, keepdim=True)
         return directions * norm.gain
     usable = norm.gain.abs() > _TOLERANCE * norm.gain.abs().max()
-    return torch.where(usable, directions / torch.where(usable, norm.gain, 1.0), 0.0)
+    directions = torch.where(usable, directions / torch.where(usable, norm.gain, 1.0), 0.0)
+    return directions - directions.mean(dim=-1, keepdim=True) if norm.centers else directions
+
+
+def unseen_through_norm(directions: torch.Tensor, norm: NormGain | None, side: Side) -> torch.Tensor:
+    """Return what a module's factor must be orthogonal to, so that it neither reads nor writes some directions.
+
+    A change of the stream along d reaches a reading module along g * d, or g * (d - mean(d)) behind a LayerNorm. What
+    a writing module adds as u changes the stream behind a post-norm by g * u, whose part along d is the product of u
+    with g * d, or with g * d - mean(g * d) where the norm centres. Both up to the norm's common rescaling.
+
+    Args:
+        directions: directions of the residual stream, float [count, width].
+        norm: the norm between stream and module, or None.
+        side: the module's side.
+
+    Returns:
+        Directions of any length, float64 [count, width].
+    """
+    found = directions.double().cpu()
+    if norm is None:
+        return found
+    if side == "read":
+        return through_norm(found, norm, side)
+    found = found * norm.gain
+    return found - found.mean(dim=-1, keepdim=True) if norm.centers else found
 
 
 def orthonormal_rows(directions: torch.Tensor) -> torch.Tensor:

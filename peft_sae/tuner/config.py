@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftType
 
 from ..errors import ArtifactError, ConfigError, suggest
 from ..subspace import Subspace
+from .card import add_hint
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,11 @@ class SaeSubspaceConfig(LoraConfig):
                 f"init_lora_weights={self.init_lora_weights!r} and subspace both want to initialise the adapter. Leave "
                 "init_lora_weights at True, or use peft_type 'LORA'."
             )
+        if self.freeze_basis and self.use_dora:
+            raise ConfigError(
+                "freeze_basis=True and use_dora=True contradict each other: DoRA's magnitude rescales what the base "
+                "weights read and write, so the change leaves the frozen basis. Use one of the two."
+            )
         if self.layer_replication:
             raise ConfigError(
                 "layer_replication changes which block is which, so the sites of the subspace would be mistaken. Use "
@@ -160,6 +166,7 @@ class SaeSubspaceConfig(LoraConfig):
             plain = copy.copy(self)
             plain.subspace = BESIDE
         super(SaeSubspaceConfig, plain).save_pretrained(save_directory, **kwargs)
+        add_hint(save_directory)
 
     def remember_subspace(self, subspace: Subspace) -> None:
         """Keep the Subspace that the adapter was built from, so that it can be saved along with it."""
@@ -187,17 +194,6 @@ class SaeSubspaceConfig(LoraConfig):
             logger.warning("The adapter is saved without its Subspace, which is no longer there: %s", error)
             return None
         return subspace if subspace.digest == self.basis_record["digest"] else None
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> SaeSubspaceConfig:
-        """Read a configuration as PEFT does; an adapter's own Subspace is found beside it."""
-        config: SaeSubspaceConfig = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        beside = Path(pretrained_model_name_or_path, subfolder or "", SUBSPACE_FOLDER)
-        if config.subspace == BESIDE and beside.is_dir():
-            config.subspace = str(beside)
-        return config
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,10 @@ class SubspaceInjection(_Tuner):
         The rules are those of `BaseTuner.inject_adapter`; `_create_and_replace` refuses what was not found here.
         """
         probe = copy.copy(config)
+        probe.modules_to_save = copy.copy(config.modules_to_save)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # injection warns itself
+            self._check_tied_modules(model, probe)
         probe = self._prepare_adapter_config(probe, self.get_model_config(model))
         probe = _maybe_include_all_linear_layers(probe, model)
         _check_parameters(config)
@@ -78,6 +83,8 @@ class SubspaceInjection(_Tuner):
                 continue
             if isinstance(module, BaseTunerLayer):
                 inside = (*inside, f"{name}.")
+            if self._check_tied_module_exists(probe, name):
+                continue  # it shares the factors of the embedding
             if name in named if named is not None else self._check_target_module_exists(probe, name):
                 targets.append(name)
         return targets
@@ -94,7 +101,8 @@ class SubspaceInjection(_Tuner):
     ) -> None:
         """Create LoRA's layer and put the module's basis into it."""
         plan = None
-        if isinstance(lora_config, SaeSubspaceConfig) and not kwargs.get("parameter_name"):
+        planned = isinstance(lora_config, SaeSubspaceConfig) and not kwargs.get("parameter_name")
+        if planned and not self._check_tied_module_exists(lora_config, current_key):
             plans = getattr(self, "_plans", {}).get(adapter_name, {})
             if current_key not in plans:
                 raise ConfigError(

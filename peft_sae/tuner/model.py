@@ -73,7 +73,8 @@ class SaeSubspaceModel(SubspaceInjection, LoraModel):
         tensors: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
-        save_and_load._validate_lora_adapter_state_dict(tensors, adapter_name=adapter_name)
+        factors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".bias")}
+        save_and_load._validate_lora_adapter_state_dict(factors, adapter_name=adapter_name)
         return tensors
 
     @classmethod

@@ -17,6 +17,7 @@ from typing import Any
 
 import peft
 from peft import LoraModel, PeftType
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from .config import BESIDE, SUBSPACE_FOLDER, SaeSubspaceConfig
 from .model import SaeMixedModel, SaeSubspaceModel, without_basis
@@ -98,7 +99,9 @@ def _reduce_intruders(original: Function) -> Function:
     return reduce_intruder_dimension
 
 
-def _hotswap_in_transformers(original: Function) -> Function:
+def _load_in_transformers(original: Function) -> Function:
+    """Hot swapping, which asks for the type LORA; and a frozen basis stays frozen."""
+
     @functools.wraps(original)
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = self.peft_config if getattr(self, "_hf_peft_config_loaded", False) else {}
@@ -107,7 +110,12 @@ def _hotswap_in_transformers(original: Function) -> Function:
             hotswap = getattr(self, "_hotswap_enabled", False)
         ours = [config for config in loaded.values() if isinstance(config, SaeSubspaceConfig)] if hotswap else []
         with viewed_as_lora(*ours):
-            return original(self, *args, **kwargs)
+            report = original(self, *args, **kwargs)
+        # Loading has put new parameters into the layers, which are trainable whatever the layers declare as frozen.
+        for module in self.modules():
+            if isinstance(module, BaseTunerLayer):
+                module._freeze_non_trainable_peft_weights()
+        return report
 
     return load_adapter
 
@@ -168,7 +176,7 @@ PATCHES = (
         "transformers.integrations.peft",
         "PeftAdapterMixin.load_adapter",
         "if any(conf.peft_type != PeftType.LORA for conf in self.peft_config.values()):",
-        _hotswap_in_transformers,
+        _load_in_transformers,
     ),
 )
 

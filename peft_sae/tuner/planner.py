@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -22,6 +23,18 @@ logger = logging.getLogger(__name__)
 
 # What LoRA adapts beside linear modules (`peft.tuners.lora.layer.dispatch_default`).
 _PLAIN_TYPES = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a module is: its block, its roles there, and what precedes the paths of the block's parts."""
+
+    block: int
+    roles: tuple[ModuleRole, ...]
+    prefix: str | None
+
+    def norm(self, role: ModuleRole) -> str | None:
+        return None if role.norm is None or self.prefix is None else f"{self.prefix}{role.norm}"
 
 
 class Planner:
@@ -91,15 +104,13 @@ class Planner:
     def _plan_module(self, name: str, module: nn.Module) -> ModulePlan | None:
         if isinstance(module, BaseTunerLayer):
             module = module.get_base_layer()
-        place = self._layout.locate(name)
+        place = self._place(name)
         role, site = self._find_site(name, module, place)
         if role is None:
             return self._plain(name, module)
         if site is None:
             return None
-        norm_name = None
-        if self._config.norm_gain and role.norm is not None and place is not None:
-            norm_name = f"{place[0]}.{role.norm}" if place[0] else role.norm
+        norm_name = place.norm(role) if self._config.norm_gain else None
         width = _width(module, role.side)
         if width is not None and width != site.sae.d_in:
             raise MismatchError(
@@ -129,14 +140,23 @@ class Planner:
             )
         return ModulePlan(side="none", rank=rank)
 
-    def _find_site(
-        self, name: str, module: nn.Module, place: tuple[str, int, str] | None
-    ) -> tuple[ModuleRole | None, SubspaceSite | None]:
+    def _place(self, name: str) -> _Place:
+        depth = int(self._subspace.model.get("num_hidden_layers", 0))
+        head = self._layout.locate_head(name)
+        if head is not None:  # it reads what a block behind the last one would
+            return _Place(depth, (ModuleRole("read", "resid_pre", self._layout.final_norm),), head)
+        found = self._layout.locate(name)
+        if found is None:
+            return _Place(depth, (), None)
+        path, block, rest = found
+        return _Place(block, self._layout.roles.get(rest, ()), f"{path}." if path else "")
+
+    def _find_site(self, name: str, module: nn.Module, place: _Place) -> tuple[ModuleRole | None, SubspaceSite | None]:
         """The module's role, None for plain LoRA, and its site, None if it is to be left alone."""
         given = self._given_side(name)
         if given == "none" or (not isinstance(module, (nn.Linear, Conv1D)) and not hasattr(module, "in_features")):
             return None, None
-        roles = self._layout.roles.get(place[2], ()) if place is not None else ()
+        roles = place.roles
         if given is not None:
             roles = tuple(role for role in roles if role.side == given) or (_default_role(given),)
         if not roles:
@@ -145,14 +165,13 @@ class Planner:
                 f"its basis has no place. Say which with sides={{{name.split('.')[-1]!r}: 'read'}} ('write', or 'none' "
                 "for plain LoRA), or do not target it."
             )
-        block = place[1] if place is not None else int(self._subspace.model.get("num_hidden_layers", 0))
         for role in roles:
-            candidates = sites_of_role(self._subspace.sites, role, block)
+            candidates = sites_of_role(self._subspace.sites, role, place.block)
             if candidates and self._config.layer_map == "exact":
-                candidates = own_sites(candidates, role, block)
-                return role, nearest_site(candidates, role, block) if candidates else None
+                candidates = own_sites(candidates, role, place.block)
+                return role, nearest_site(candidates, role, place.block) if candidates else None
             if candidates:
-                return role, nearest_site(candidates, role, block)
+                return role, nearest_site(candidates, role, place.block)
         kinds = sorted({site.sae.site.kind for site in self._subspace.sites})
         raise MismatchError(
             f"Target {name!r} can get no basis from SAEs at {kinds} alone: it {roles[0].side}s {roles[0].site}. "

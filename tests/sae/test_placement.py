@@ -12,7 +12,7 @@ from peft_sae.layout import SITE_KINDS, ModuleRole, Site
 from peft_sae.sae.model_names import is_other_model
 from peft_sae.sae.placement import check_placement, find_layout, find_tap
 from peft_sae.statistics.capture import capturing
-from tests.tiny import FAMILIES, WIDTH, make_model, make_sae
+from tests.tiny import FAMILIES, WIDTH, make_classifier, make_model, make_sae
 
 BLOCK = 1
 IDS = torch.tensor([[1, 5, 9, 4, 7, 6], [1, 8, 4, 10, 0, 0]])
@@ -40,6 +40,8 @@ MODULES = {
     "gpt2": ("transformer.h.1", "attn.c_proj", "attn", "mlp", "ln_2"),
     "gpt_neox": ("gpt_neox.layers.1", "attention.dense", "attention", "mlp", None),
     "opt": ("model.decoder.layers.1", "self_attn.out_proj", "self_attn", "fc2", "final_layer_norm"),
+    "mixtral": _LLAMA,
+    "qwen3_moe": _LLAMA,
 }
 
 
@@ -174,6 +176,8 @@ LAYOUTS = {
 for name in ("mistral", "qwen2", "qwen3", "gemma"):
     LAYOUTS[name] = LAYOUTS["llama"]
 LAYOUTS["gemma3"] = LAYOUTS["gemma2"]
+for name in ("mixtral", "qwen3_moe"):  # the experts are parameters, which no basis has a place in
+    LAYOUTS[name] = ("model.layers", {**_QKV, "self_attn.o_proj": _out("resid_mid")})
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -299,3 +303,37 @@ def test_name_of_the_model_is_read_from_its_config():
         MismatchError, match=r"trained on 'gemma-2-2b', and the model is 'google/gemma-3-1b' \(gemma2\)"
     ):
         check_placement(model, saes)
+
+
+def test_an_encoder_reads_its_stream_as_it_is_and_writes_it_through_its_norms():
+    layout = find_layout(make_classifier())
+    assert layout.blocks == "bert.encoder.layer"
+    assert layout.roles == {
+        **{f"attention.self.{part}": _read("resid_pre") for part in ("query", "key", "value")},
+        "attention.output.dense": _out("resid_mid", "attention.output.LayerNorm"),
+        "intermediate.dense": _read("resid_mid"),
+        "output.dense": _write("output.LayerNorm"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["resid_mid", "attn_out"])
+def test_sites_between_an_encoders_norms_are_refused(kind):
+    with pytest.raises(MismatchError, match=f"norms behind the sums.*{kind}"):
+        find_tap(make_classifier(), Site(1, kind))
+
+
+def test_an_encoders_stream_is_what_its_blocks_pass_on():
+    model = make_classifier()
+    found = {}
+    for kind in ("resid_pre", "resid_post"):
+        tap = find_tap(model, Site(1, kind))
+        module = model.get_submodule(tap.module)
+        if tap.end == "input":
+            module.register_forward_pre_hook(lambda *args: found.update(resid_pre=args[1][0]))
+        else:
+            module.register_forward_hook(lambda *args: found.update(resid_post=_first(args[2])))
+    with torch.no_grad():
+        hidden = model(IDS, output_hidden_states=True).hidden_states
+
+    assert torch.equal(found["resid_pre"], hidden[1])
+    assert torch.equal(found["resid_post"], hidden[2])

@@ -13,15 +13,18 @@ from transformers import PreTrainedModel
 
 from peft_sae import MissingSubspaceWarning, SaeSubspaceConfig, SaeSubspaceModel
 from peft_sae.errors import ArtifactError, ConfigError, MismatchError
-from tests.tiny import FAMILIES, make_model, make_subspace
+from tests.tiny import FAMILIES, make_classifier, make_model, make_subspace
 
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 IDS = torch.randint(4, 16, (2, 9), generator=torch.Generator().manual_seed(0))
 
 
 def adapt(model, *, subspace=None, **fields) -> PeftModel:
     fields = {"r": "auto", "target_modules": "all-linear", "task_type": "CAUSAL_LM", **fields}
     if model.config.model_type == "gpt2":
-        fields["fan_in_fan_out"] = True
+        fields.setdefault("fan_in_fan_out", True)
+    if model.config.model_type in ("mixtral", "qwen3_moe") and fields["target_modules"] == "all-linear":
+        fields["target_modules"] = ATTENTION  # the experts are parameters, and get no basis
     return get_peft_model(model, SaeSubspaceConfig(subspace=subspace or make_subspace(model), **fields))
 
 
@@ -85,6 +88,8 @@ def test_modules_are_on_the_side_that_the_architecture_says(family):
         "gpt2": {"c_proj"},
         "gpt_neox": {"dense", "dense_4h_to_h"},
         "opt": {"out_proj", "fc2"},
+        "mixtral": {"o_proj"},
+        "qwen3_moe": {"o_proj"},
     }.get(family, {"o_proj", "down_proj"})
 
 
@@ -684,7 +689,6 @@ def test_the_class_can_be_used_without_get_peft_model():
 
 
 BAD = [
-    ({"target_modules": ["lm_head"]}, ConfigError, "Target 'lm_head' is not known to read or to write"),
     ({"target_modules": ["nothing"]}, ValueError, "Target modules .*nothing.* not found in the base model"),
     ({"r": 33, "target_modules": ["q_proj"]}, ConfigError, "r=33 exceeds the 32 dimensions"),
     ({"r": 5, "fill": "error"}, ConfigError, "r=5 exceeds the 4 directions .* fill='error' forbids"),
@@ -725,6 +729,29 @@ def test_what_cannot_work_is_refused_and_leaves_the_model_as_it_was(fields, erro
     assert [name for name, _ in model.named_modules()] == modules
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert {name: value for name, value in vars(config).items() if name != "subspace"} == before
+
+
+def test_a_module_of_unknown_role_is_refused():
+    model = make_classifier()
+    config = SaeSubspaceConfig(subspace=make_subspace(model), target_modules=["pooler.dense"])
+    with pytest.raises(ConfigError, match=r"'bert.pooler.dense' is not known to read or to write"):
+        get_peft_model(model, config)
+
+
+@pytest.mark.parametrize(("family", "norm"), [("gemma2", "model.norm"), ("gpt2", "transformer.ln_f")])
+def test_the_head_reads_the_last_block_through_the_final_norm(family, norm):
+    model = make_model(family, tie_word_embeddings=False)
+    subspace = make_subspace(model, {"blocks.0.hook_resid_post": 3, "blocks.2.hook_resid_post": 4})
+    gain, basis = model.get_submodule(norm).weight.detach(), subspace.sites[1].basis
+    carried = basis * (1 + gain) if family == "gemma2" else (basis - basis.mean(1, keepdim=True)) * gain
+
+    adapted = adapt(model, subspace=subspace, target_modules=["lm_head"], layer_map="exact", fan_in_fan_out=False)
+
+    rows = adapted.get_base_model().lm_head.lora_A["default"].weight.detach()
+    span = torch.linalg.qr(carried.T)[0]
+    assert rows.shape == (4, 32)
+    torch.testing.assert_close((rows @ span) @ span.T, rows, rtol=0, atol=1e-5)
+    assert adapted.peft_config["default"].basis_record["modules"]["lm_head"]["hook_name"] == "blocks.2.hook_resid_post"
 
 
 def test_a_subspace_of_another_width_is_refused():
