@@ -147,13 +147,17 @@ UNALIGNED = [
 ]
 
 
-def make_subspace(model, ranks=None, *, seed=0, features=None):
-    """A Subspace with random orthonormal bases at the given hook points, without any SAE behind it."""
+def make_subspace(model, ranks=None, *, seed=0, features=None, protected=None):
+    """A Subspace with random orthonormal bases at the given hook points, without any SAE behind it.
+
+    `protected` says how many random features, ids from 40, are protected at which hook points.
+    """
     from peft_sae.sae.identity import SaeIdentity
     from peft_sae.sae.placement import find_layout
     from peft_sae.subspace import Subspace, SubspaceSite
+    from peft_sae.subspace.protected import ProtectedSite
 
-    ranks = ranks or {"blocks.1.hook_resid_post": 4}
+    ranks = {"blocks.1.hook_resid_post": 4} if ranks is None else ranks
     generator = torch.Generator().manual_seed(seed)
     width = model.config.hidden_size
     sites = []
@@ -175,10 +179,17 @@ def make_subspace(model, ranks=None, *, seed=0, features=None):
                 tokens=((),) * count,
             )
         )
+    guards = []
+    for number, (hook_name, count) in enumerate((protected or {}).items()):
+        directions = torch.randn(count, width, generator=generator, dtype=torch.float64)
+        directions = torch.nn.functional.normalize(directions).float()
+        sae = SaeIdentity(f"guard{number}", hook_name, width, 64, None, None, f"{100 + number:064d}")
+        guards.append(ProtectedSite(sae, torch.arange(40, 40 + count), directions, ((),) * count))
     description = {
         "name": "",
         "model_type": model.config.model_type,
         "hidden_size": width,
         "num_hidden_layers": model.config.num_hidden_layers,
     }
-    return Subspace(tuple(sites), find_layout(model), description, {"selector": "by hand"})
+    settings = {"selector": "by hand"}
+    return Subspace(tuple(sites), find_layout(model), description, settings, protected=tuple(guards))

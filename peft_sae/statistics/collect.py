@@ -95,7 +95,7 @@ def collect_statistics(
                     "%d of %d %s texts were cut at %d tokens.", reader.truncated, sums.examples, label, limit
                 )
     settings = {
-        "model": _model_description(model),
+        "model": model_description(model),
         "tokens": tokens,
         "max_length": limit,
         "examples": examples,
@@ -161,7 +161,8 @@ def _context_length(model: PreTrainedModel, max_length: int | None) -> int:
     return max_length
 
 
-def _model_description(model: PreTrainedModel) -> dict[str, Any]:
+def model_description(model: PreTrainedModel) -> dict[str, Any]:
+    """Return what identifies a model: name, model_type, hidden_size, num_hidden_layers."""
     config = model.config
     return {
         "name": str(getattr(config, "_name_or_path", "") or ""),

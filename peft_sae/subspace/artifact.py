@@ -23,6 +23,7 @@ from ..artifact import (
 from ..errors import ArtifactError
 from ..layout import BlockLayout
 from ..sae.identity import SaeIdentity
+from .protected import ProtectedSite, feature_name
 from .site import SubspaceSite
 
 if TYPE_CHECKING:
@@ -41,14 +42,15 @@ _TOLERANCE = 1e-3  # far above rounding, far below anything that is not an ortho
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Subspace:
-    """Orthonormal bases of chosen SAE features, one per hook point.
+    """Orthonormal bases of chosen SAE features, one per hook point, and features that an update must not use.
 
     Attributes:
-        sites: the bases, in the order of their blocks.
+        sites: the bases, in the order of their blocks; none for LoRA that only keeps away from protected features.
         layout: what the modules of the model's blocks read and write.
         model: description of the model (name, model_type, hidden_size, num_hidden_layers).
         settings: selector, its options, tau, and how the statistics were collected.
         versions: versions of the packages that built it.
+        protected: the protected features, in the order of their blocks.
     """
 
     sites: tuple[SubspaceSite, ...]
@@ -56,6 +58,7 @@ class Subspace:
     model: Mapping[str, Any]
     settings: Mapping[str, Any]
     versions: Mapping[str, str] = field(default_factory=package_versions)
+    protected: tuple[ProtectedSite, ...] = ()
 
     @cached_property
     def digest(self) -> str:
@@ -97,11 +100,31 @@ class Subspace:
                 )
         return pd.DataFrame(rows)
 
+    @property
+    def protected_features(self) -> pd.DataFrame:
+        """One row per protected feature: `block`, `hook_name`, `sae`, `feature`, `name`, `tokens`, `neuronpedia`."""
+        import pandas as pd
+
+        columns = ["block", "hook_name", "sae", "feature", "name", "tokens", "neuronpedia"]
+        rows = [
+            (
+                site.sae.site.block,
+                site.sae.hook_name,
+                site.sae.name,
+                feature,
+                feature_name(site.sae, feature),
+                list(tokens),
+                site.sae.neuronpedia_url(feature),
+            )
+            for site in self.protected
+            for feature, tokens in zip(site.features.tolist(), site.tokens, strict=True)
+        ]
+        return pd.DataFrame(rows, columns=columns)
+
     def __repr__(self) -> str:
-        sites = ", ".join(
-            f"{site.sae.hook_name}: {len(site.features)} features, rank {site.rank}" for site in self.sites
-        )
-        return f"Subspace({sites})"
+        parts = [f"{site.sae.hook_name}: {len(site.features)} features, rank {site.rank}" for site in self.sites]
+        parts += [f"{site.sae.hook_name}: {len(site.features)} features protected" for site in self.protected]
+        return f"Subspace({', '.join(parts)})"
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the Subspace as a folder of JSON and safetensors, whole or not at all.
@@ -145,11 +168,15 @@ class Subspace:
         return subspace
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        return {
+        tensors = {
             f"{index}.{name}": getattr(site, name).to(dtype)
             for index, site in enumerate(self.sites)
             for name, (_, dtype) in _site_tensors(site.rank, len(site.features), site.sae.d_in).items()
         }
+        for index, site in enumerate(self.protected):
+            for name, (_, dtype) in _protected_tensors(len(site.features), site.sae.d_in).items():
+                tensors[f"protected.{index}.{name}"] = getattr(site, name).to(dtype)
+        return tensors
 
     def _description(self) -> dict[str, Any]:
         return {
@@ -163,6 +190,14 @@ class Subspace:
                     "tokens": [list(tokens) for tokens in site.tokens],
                 }
                 for site in self.sites
+            ],
+            "protected": [
+                {
+                    "sae": site.sae.to_dict(),
+                    "features": len(site.features),
+                    "tokens": [list(tokens) for tokens in site.tokens],
+                }
+                for site in self.protected
             ],
             "layout": self.layout.to_dict(),
             "model": dict(self.model),
@@ -186,25 +221,43 @@ def _site_tensors(rank: int, features: int, width: int) -> dict[str, tuple[tuple
     }
 
 
+def _protected_tensors(features: int, width: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every tensor of one protected site."""
+    return {"features": ((features,), torch.int64), "directions": ((features, width), torch.float32)}
+
+
+def _read_entry(entry: Mapping[str, Any], place: str) -> tuple[SaeIdentity, tuple[tuple[str, ...], ...]]:
+    """The SAE of a site and the tokens of its features, after a check of the sizes that the file claims."""
+    sae, rank, features = SaeIdentity.from_dict(entry["sae"]), int(entry.get("rank", 1)), int(entry["features"])
+    if not (1 <= rank <= sae.d_in <= _MAX_WIDTH and 1 <= features <= min(sae.d_sae, _MAX_FEATURES)):
+        raise ArtifactError(f"{place} has impossible sizes (rank {rank}, {features} features). Build it again.")
+    if len(entry["tokens"]) != features:
+        raise ArtifactError(f"{place} has tokens for {len(entry['tokens'])} of {features} features.")
+    return sae, tuple(tuple(str(token) for token in tokens) for tokens in entry["tokens"])
+
+
 def _from_description(description: Mapping[str, Any], tensor_file: Path) -> Subspace:
-    entries = description["sites"]
     expected: dict[str, Any] = {}
-    identities = []
-    for index, entry in enumerate(entries):
-        sae = SaeIdentity.from_dict(entry["sae"])
-        rank, features = int(entry["rank"]), int(entry["features"])
-        if not (1 <= rank <= sae.d_in <= _MAX_WIDTH and 1 <= features <= min(sae.d_sae, _MAX_FEATURES)):
-            raise ArtifactError(
-                f"Site {index} has impossible sizes (rank {rank}, {features} features). Build it again."
-            )
-        if len(entry["tokens"]) != features:
-            raise ArtifactError(f"Site {index} has tokens for {len(entry['tokens'])} of {features} features.")
-        identities.append((sae, tuple(tuple(str(token) for token in tokens) for tokens in entry["tokens"])))
-        for name, header in _site_tensors(rank, features, sae.d_in).items():
+    identities, guarded = [], []
+    for index, entry in enumerate(description["sites"]):
+        identities.append(_read_entry(entry, f"Site {index}"))
+        for name, header in _site_tensors(entry["rank"], entry["features"], identities[-1][0].d_in).items():
             expected[f"{index}.{name}"] = header
-    if not identities:
+    for index, entry in enumerate(description["protected"]):
+        guarded.append(_read_entry(entry, f"Protected site {index}"))
+        for name, header in _protected_tensors(entry["features"], guarded[-1][0].d_in).items():
+            expected[f"protected.{index}.{name}"] = header
+    if not identities and not guarded:
         raise ArtifactError("The Subspace has no sites, so no module could get a basis. Build it again.")
     tensors = read_tensors(tensor_file, expected)
+    protected = tuple(
+        ProtectedSite(
+            sae=sae,
+            tokens=tokens,
+            **{name: tensors[f"protected.{index}.{name}"] for name in _protected_tensors(1, 1)},
+        )
+        for index, (sae, tokens) in enumerate(guarded)
+    )
     sites = tuple(
         SubspaceSite(sae=sae, tokens=tokens, **{name: tensors[f"{index}.{name}"] for name in _site_tensors(1, 1, 1)})
         for index, (sae, tokens) in enumerate(identities)
@@ -215,28 +268,35 @@ def _from_description(description: Mapping[str, Any], tensor_file: Path) -> Subs
         model=dict(description["model"]),
         settings=dict(description["settings"]),
         versions=dict(description["versions"]),
+        protected=protected,
     )
 
 
 def _check_sense(subspace: Subspace) -> None:
     """Refuse content that is well-formed and belongs together, but is no basis of features."""
-    hooks = [site.sae.hook_name for site in subspace.sites]
     depth = subspace.model.get("num_hidden_layers")
-    problems = ["two sites have the same hook point"] if len(set(hooks)) < len(hooks) else []
+    problems = []
+    for sites in (subspace.sites, subspace.protected):
+        hooks = [site.sae.hook_name for site in sites]
+        problems += ["two sites have the same hook point"] if len(set(hooks)) < len(hooks) else []
     problems += [
         f"the model's {name} is no number" for name in _MODEL_SIZES if not isinstance(subspace.model.get(name), int)
     ]
-    for site in subspace.sites:
+    every: list[SubspaceSite | ProtectedSite] = [*subspace.sites, *subspace.protected]
+    for site in every:
         ids = site.features.tolist()
-        overlap = site.basis.double() @ site.basis.double().T
         if isinstance(depth, int) and site.sae.site.block >= depth:
             problems.append(f"{site.sae.hook_name} lies beyond the model's {depth} blocks")
         if len(set(ids)) < len(ids) or min(ids) < 0 or max(ids) >= site.sae.d_sae:
             problems.append(f"the feature ids at {site.sae.hook_name} are not distinct features of the SAE")
-        if float((overlap - torch.eye(site.rank)).abs().max()) > _TOLERANCE:
-            problems.append(f"the basis at {site.sae.hook_name} is not orthonormal")
-        if float((site.coefficients @ site.directions - site.basis).abs().max()) > _TOLERANCE:
-            problems.append(f"the basis at {site.sae.hook_name} does not consist of its features")
+        if float((site.directions.double().norm(dim=-1) - 1).abs().max()) > _TOLERANCE:
+            problems.append(f"the directions at {site.sae.hook_name} are not of unit length")
+    for base in subspace.sites:
+        overlap = base.basis.double() @ base.basis.double().T
+        if float((overlap - torch.eye(base.rank)).abs().max()) > _TOLERANCE:
+            problems.append(f"the basis at {base.sae.hook_name} is not orthonormal")
+        if float((base.coefficients @ base.directions - base.basis).abs().max()) > _TOLERANCE:
+            problems.append(f"the basis at {base.sae.hook_name} does not consist of its features")
     if problems:
         raise ArtifactError(f"The Subspace makes no sense: {'; '.join(problems)}. Build it again.")
 

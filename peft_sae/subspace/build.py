@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
-
-import torch
 
 from ..errors import ConfigError, MismatchError
 from ..sae.load import SaeHandle, as_handles
 from ..sae.placement import check_placement, find_layout
 from ..selection.select import SelectedFeatures, Selection, select_features
-from ..statistics.collect import collect_statistics
+from ..statistics.collect import collect_statistics, model_description
 from ..statistics.data import Data, TokenChoice
 from .artifact import Subspace
+from .protect import Protect, find_protected, protected_ids, protected_site, without_protected
+from .protected import ProtectedSite
 from .site import SubspaceSite, principal_basis, unit_rows
+from .tokens import promoted_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_TOKENS_PER_FEATURE = 8
 
 
 def build_subspace(
@@ -35,6 +34,8 @@ def build_subspace(
     tokens: TokenChoice = "all",
     batch_size: int = 8,
     max_length: int | None = None,
+    protect: Protect | None = None,
+    protect_top_k: int = 16,
     progress: bool = True,
 ) -> Subspace:
     """Collect statistics, select features and build their basis: the first stages in one call.
@@ -53,12 +54,34 @@ def build_subspace(
         tokens: which tokens count: `all`, `prompt` or `response`.
         batch_size: texts per forward pass.
         max_length: tokens per text; longer ones are cut. By default the model's context length.
+        protect: features that the update must neither read nor write: names such as
+            `"blocks.12.hook_resid_post:4051"` or `"12:4051"`, or two sets of text that differ only in what it is to
+            ignore (a phrasing, a language, a format). Of those the features that differ most are protected. A feature
+            on both lists is protected, and is taken out of the basis, which the log tells.
+        protect_top_k: features per SAE that a pair of sets protects.
         progress: show progress bars.
 
     Raises:
         DataError, MismatchError, SelectionError, ConfigError: as the single stages do.
     """
     _check_variance(variance)
+    guarded = find_protected(
+        protect,
+        saes,
+        lambda first, second: select_features(
+            collect_statistics(
+                model,
+                tokenizer,
+                {"aligned": first, "unaligned": second},
+                saes,
+                tokens=tokens,
+                batch_size=batch_size,
+                max_length=max_length,
+                progress=progress,
+            ),
+            top_k=protect_top_k,
+        ),
+    )
     statistics = collect_statistics(
         model,
         tokenizer,
@@ -70,51 +93,71 @@ def build_subspace(
         progress=progress,
     )
     selection = select_features(statistics, selector=selector, top_k=top_k)
-    return subspace_from_selection(model, tokenizer, selection, saes, variance=variance)
+    return subspace_from_selection(model, tokenizer, selection, saes, variance=variance, protect=guarded)
 
 
 def subspace_from_selection(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
-    selection: Selection,
+    selection: Selection | None,
     saes: Sequence[SaeHandle],
     *,
     variance: float = 0.8,
+    protect: Sequence[str] | Selection = (),
 ) -> Subspace:
     """Build the basis of features that are already chosen.
 
     Args:
         model: the plain Hugging Face model; its architecture and unembedding are read.
         tokenizer: names the tokens that features promote; None leaves them out.
-        selection: from `select_features`.
+        selection: from `select_features`; None for no basis, only protected features.
         saes: the same SAEs that the statistics were collected with.
         variance: tau, the share of variance that the basis keeps, in (0, 1].
+        protect: names of features that an update must not use, or a selection of them. They are taken out of the
+            features that the basis is built from, which the log tells.
 
     Raises:
         MismatchError: an SAE of the selection is missing, or another one has its name.
-        ConfigError: `variance` is out of range.
+        SelectionError: a protected feature is unknown, or no chosen feature is left.
+        ConfigError: `variance` is out of range, or there is neither a selection nor anything to protect.
     """
     _check_variance(variance)
     saes = as_handles(saes)
     check_placement(model, saes)
     by_digest = {handle.identity.digest: handle for handle in saes}
+    guarded = protected_ids(protect, saes)
+    if selection is None and not guarded:
+        raise ConfigError("Neither a selection nor features to protect are given, so the Subspace would be empty.")
     sites = []
-    for chosen in selection.sites:
-        handle = by_digest.get(chosen.sae.digest)
-        if handle is None:
-            raise MismatchError(
-                f"The selection was made with SAE {chosen.sae.name!r} (digest {chosen.sae.digest[:12]}...), which is "
-                f"not among the given ones {[other.identity.name for other in saes]}. Give the same SAEs."
-            )
+    for chosen in () if selection is None else selection.sites:
+        handle = _find_handle(chosen, by_digest)
+        chosen = without_protected(chosen, guarded.get(chosen.sae.digest, ()))
         sites.append(_build_site(chosen, handle, model, tokenizer, variance))
-    statistics = dict(selection.settings["statistics"])
-    settings = {**selection.settings, "variance": variance}
+    protected = [protected_site(by_digest[key], ids, model, tokenizer) for key, ids in guarded.items()]
+    settings = {} if selection is None else dict(selection.settings)
+    description = settings["statistics"]["model"] if settings else model_description(model)
     return Subspace(
-        sites=tuple(sorted(sites, key=lambda site: (site.sae.site.block, site.sae.hook_name))),
+        sites=tuple(sorted(sites, key=_place)),
         layout=find_layout(model),
-        model=statistics["model"],
-        settings=settings,
+        model=description,
+        settings={**settings, "variance": variance},
+        protected=tuple(sorted(protected, key=_place)),
     )
+
+
+def _place(site: SubspaceSite | ProtectedSite) -> tuple[int, str]:
+    return site.sae.site.block, site.sae.hook_name
+
+
+def _find_handle(chosen: SelectedFeatures, by_digest: Mapping[str, SaeHandle]) -> SaeHandle:
+    handle = by_digest.get(chosen.sae.digest)
+    if handle is None:
+        names = [other.identity.name for other in by_digest.values()]
+        raise MismatchError(
+            f"The selection was made with SAE {chosen.sae.name!r} (digest {chosen.sae.digest[:12]}...), which is "
+            f"not among the given ones {names}. Give the same SAEs."
+        )
+    return handle
 
 
 def _check_variance(variance: float) -> None:
@@ -142,22 +185,5 @@ def _build_site(
         directions=directions.float(),
         basis=basis.float(),
         coefficients=coefficients.float(),
-        tokens=_promoted_tokens(directions, model, tokenizer, chosen.sae.site.kind),
+        tokens=promoted_tokens(directions, model, tokenizer, chosen.sae.site.kind),
     )
-
-
-@torch.no_grad()
-def _promoted_tokens(
-    directions: torch.Tensor, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, kind: str
-) -> tuple[tuple[str, ...], ...]:
-    """The tokens with the largest logits when a direction goes straight through the unembedding."""
-    unembedding = model.get_output_embeddings()
-    # The heads' outputs are not in the residual stream, which is all that the unembedding can read.
-    if tokenizer is None or unembedding is None or kind == "z" or unembedding.weight.is_meta:
-        return ((),) * directions.shape[0]
-    weight = unembedding.weight
-    if weight.shape[-1] != directions.shape[-1]:  # quantised, or behind a projection
-        return ((),) * directions.shape[0]
-    logits = directions.to(device=weight.device, dtype=weight.dtype) @ weight.T
-    best = logits.topk(min(_TOKENS_PER_FEATURE, logits.shape[-1]), dim=-1).indices.tolist()
-    return tuple(tuple(tokenizer.decode([token]) for token in row) for row in best)

@@ -157,6 +157,24 @@ def _householder_rows(directions: torch.Tensor) -> torch.Tensor:
     return rows[diagonal.abs() > _TOLERANCE]
 
 
+def without_part(rows: torch.Tensor, avoided: torch.Tensor) -> torch.Tensor:
+    """Return orthonormal rows that span what is left of some rows without their part along others.
+
+    Args:
+        rows: orthonormal, float64 [rank, width].
+        avoided: orthonormal, float64 [count, width].
+
+    Returns:
+        Float64 [rank', width], orthogonal to `avoided`; rank' is smaller where a row lies within it.
+    """
+    # Twice, because the first subtraction leaves rounding errors of the size of its operands.
+    for _ in range(2):
+        rows = rows - (rows @ avoided.T) @ avoided
+        rows = rows[rows.norm(dim=-1) > _TOLERANCE]
+        rows = orthonormal_rows(rows) if len(rows) else rows
+    return rows
+
+
 def fill_rows(rows: torch.Tensor, count: int, *, seed: str) -> torch.Tensor:
     """Return `count` random orthonormal rows that are orthogonal to given ones.
 

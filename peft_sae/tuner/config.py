@@ -37,6 +37,8 @@ RECORD_ENTRIES: dict[str, Any] = {
     "basis": int,
     "filled": int,
     "dropped": int,
+    "protected_read": int,
+    "protected_write": int,
 }
 
 
@@ -62,8 +64,12 @@ class SaeSubspaceConfig(LoraConfig):
             directions orthogonal to it), `"zeros"`, or `"error"`.
         sides: side of modules (name or end of a name: `"read"`, `"write"`, or `"none"` for plain LoRA),
             where it is not known from the architecture or is to be another one.
+        protect: which of the Subspace's features the update can neither read nor write, whatever is trained: True for
+            all that the Subspace protects, names such as `"blocks.12.hook_resid_post:4051"` or `"12:4051"` for some of
+            its features, chosen or protected, False for none. It holds for every module of the adapter. What is
+            trained beside the low-rank update (`modules_to_save`, `trainable_token_indices`) it does not bind.
         basis_record: written at injection: the Subspace's digest, its model, and each module's side, hook point and
-            number of directions from the basis, filled up, and dropped. Not meant to be set by hand.
+            number of directions from the basis, filled up, dropped, and protected. Not meant to be set by hand.
 
     Raises:
         ConfigError: unknown field, value out of range, or a combination that cannot work.
@@ -97,6 +103,13 @@ class SaeSubspaceConfig(LoraConfig):
         default=None,
         metadata={"help": "Module name (or its end) to 'read', 'write' or 'none', overriding the architecture."},
     )
+    protect: bool | list[str] = field(
+        default=True,
+        metadata={
+            "help": "Features that the update can neither read nor write: true for all that the Subspace protects, a "
+            "list of names, or false."
+        },
+    )
     basis_record: dict[str, Any] | None = field(
         default=None, metadata={"help": "What injection recorded; not meant to be set by hand."}
     )
@@ -120,13 +133,19 @@ class SaeSubspaceConfig(LoraConfig):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is neither true nor false.")
         for module, side in (self.sides or {}).items():
             _check_choice(f"sides[{module!r}]", side, _SIDES)
+        names: Any = self.protect if isinstance(self.protect, list) else None
+        if not isinstance(self.protect, bool) and not (names is not None and all(isinstance(n, str) for n in names)):
+            raise ConfigError(
+                f"protect={self.protect!r} names no features. Give true, false, or a list of names such as '12:4051'."
+            )
         _check_record(self.basis_record)
         self._check_combinations()
 
     def _check_combinations(self) -> None:
         if self.subspace is None and self.basis_record is None:
-            if self.freeze_basis or self.r == "auto":
-                wish = "freeze_basis=True" if self.freeze_basis else "r='auto'"
+            wishes = {"freeze_basis=True": self.freeze_basis, "r='auto'": self.r == "auto"}
+            wishes[f"protect={self.protect!r}"] = isinstance(self.protect, list) and bool(self.protect)
+            for wish in (wish for wish, asked in wishes.items() if asked):
                 raise ConfigError(f"{wish} needs a basis, and no subspace is given. Set `subspace`.")
             return
         if self.init_lora_weights not in (True, False):
@@ -172,6 +191,11 @@ class SaeSubspaceConfig(LoraConfig):
         """Keep the Subspace that the adapter was built from, so that it can be saved along with it."""
         self._used_subspace = subspace
 
+    def protects_something(self) -> bool:
+        """Return whether injection has recorded protected directions."""
+        modules = {} if self.basis_record is None else self.basis_record["modules"]
+        return any(entry["protected_read"] or entry["protected_write"] for entry in modules.values())
+
     def forget_automatic_ranks(self) -> None:
         """Put back `r="auto"` where an earlier injection replaced it and nobody has set `r` since."""
         if self.basis_record is None or self.basis_record["automatic_r"] != self.r:
@@ -212,7 +236,7 @@ def _check_record(record: Any) -> None:
         for name, entry in record["modules"].items():
             known = known and isinstance(name, str) and set(entry) == set(RECORD_ENTRIES) and entry["side"] in _SIDES
             known = known and all(isinstance(entry[key], kind) for key, kind in RECORD_ENTRIES.items())
-            known = known and min(entry["basis"], entry["filled"], entry["dropped"]) >= 0
+            known = known and all(entry[key] >= 0 for key, kind in RECORD_ENTRIES.items() if kind is int)
     except (TypeError, KeyError, AttributeError):
         known = False
     if not known:

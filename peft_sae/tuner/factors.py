@@ -1,18 +1,125 @@
-"""Reading and writing the two factors of one LoRA layer."""
+"""The two factors of one LoRA layer: writing the basis, freezing it, and keeping directions out of them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from peft.tuners.lora import LoraLayer
+from torch import nn
 
+from ..layout import Side
 from .module_plan import ModulePlan
+
+
+class ProtectedLinear(nn.Linear):
+    """A factor of LoRA that neither reads nor writes given directions, whatever its parameter holds.
+
+    With Q [count, width], orthonormal rows, the factor A [r, in] of a reading module is used as A (I - Q^T Q), and B
+    [out, r] of a writing one as (I - Q^T Q) B, a bias with it. `weight` *is* that product, so forward, merging,
+    unmerging and everything else in PEFT that reads a factor meet it alone; the parameter behind it is what optimisers
+    and state dicts see. The product costs 2 * count * r * width multiplications, however many tokens there are.
+
+    Args:
+        linear: the factor as LoRA has made it; its parameters are taken over.
+        unseen: Q, float32 [count, width].
+        side: `read` for A, `write` for B.
+    """
+
+    def __init__(self, linear: nn.Linear, unseen: torch.Tensor, side: Side) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.side = side
+        # No buffer: it must keep its precision when the model is cast, and does not belong into a checkpoint.
+        self._unseen = unseen.float()
+        # Not by assignment, which would ask for the weight before it is there.
+        self._parameters.update(linear._parameters)
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The factor that takes effect."""
+        return self.effective(self.parameter("weight"))
+
+    @property
+    def bias(self) -> torch.Tensor | None:  # type: ignore[override]
+        """The bias that takes effect; what a reading module's factor returns is not in the stream."""
+        bias = self._parameters["bias"]
+        return bias if bias is None or self.side == "read" else self.effective(bias)
+
+    def parameter(self, name: str) -> torch.Tensor:
+        """Return the parameter behind `weight` or `bias`."""
+        # A KeyError, unlike an AttributeError, would not make nn.Module fall back to the parameter.
+        parameter = self._parameters[name]
+        assert parameter is not None
+        return parameter
+
+    def effective(self, factor: torch.Tensor) -> torch.Tensor:
+        """Return a factor, or a bias, without what lies along the protected directions.
+
+        Args:
+            factor: [r, width] to read, [width, r] or [width] to write.
+
+        Returns:
+            The same shape and dtype. In float16 and bfloat16 it is orthogonal up to the rounding of the result.
+        """
+        if factor.is_meta:
+            return factor
+        if self._unseen.device != factor.device:
+            self._unseen = self._unseen.to(factor.device)
+        # Under autocast the products would be rounded to a few digits, and the directions with them.
+        with torch.autocast(device_type=factor.device.type, enabled=False):
+            exact = factor if factor.dtype == torch.float64 else factor.float()
+            unseen = self._unseen.to(exact.dtype)
+            part = (exact @ unseen.T) @ unseen if self.side == "read" else unseen.T @ (unseen @ exact)
+            return (exact - part).to(factor.dtype)
+
+    @property
+    def count(self) -> int:
+        """Number of protected directions."""
+        return int(self._unseen.shape[0])
+
+    def protects_like(self, other: ProtectedLinear) -> bool:
+        """Return whether another factor keeps away from the same directions."""
+        unseen = other._unseen.to(self._unseen.device)
+        return self.side == other.side and torch.equal(self._unseen, unseen)
+
+    def like(self, linear: nn.Linear) -> ProtectedLinear:
+        """Return another factor that keeps away from the same directions."""
+        return ProtectedLinear(linear, self._unseen, self.side)
+
+    def extra_repr(self) -> str:
+        """The sizes, and how many directions are protected."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, side={self.side}, protected={self.count}"
+
+
+def protect_factors(layer: LoraLayer, adapter_name: str, plan: ModulePlan) -> None:
+    """Put factors in place that keep to the plan's protected directions."""
+    if plan.unseen_read is not None:
+        layer.lora_A[adapter_name] = ProtectedLinear(layer.lora_A[adapter_name], plan.unseen_read, "read")
+    if plan.unseen_write is not None:
+        layer.lora_B[adapter_name] = ProtectedLinear(layer.lora_B[adapter_name], plan.unseen_write, "write")
+
+
+def protected_factors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ProtectedLinear]]:
+    """Yield the protected factors of an adapter, with their names in the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, ProtectedLinear) and name.endswith(f".{adapter_name}"):
+            yield name, module
+
+
+def raw_weight(factor: nn.Module) -> torch.Tensor:
+    """Return the parameter that holds a factor, which `weight` is not where directions are protected."""
+    weight = factor.parameter("weight") if isinstance(factor, ProtectedLinear) else factor.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
 
 
 def holds_basis(layer: LoraLayer, adapter_name: str, plan: ModulePlan) -> bool:
     """Return whether a layer's factor is the planned basis, up to the factor's precision."""
     if plan.rows is None:
         return False
-    factor = (layer.lora_A if plan.side == "read" else layer.lora_B)[adapter_name].weight
+    factor = raw_weight((layer.lora_A if plan.side == "read" else layer.lora_B)[adapter_name])
     rows = plan.rows if plan.side == "read" else plan.rows.T
     return not factor.is_meta and torch.equal(factor.detach().cpu(), rows.to(factor.dtype))
 
@@ -28,7 +135,7 @@ def write_basis(layer: LoraLayer, adapter_name: str, plan: ModulePlan, *, neutra
         neutral: zero the other factor. Otherwise it stays as LoRA has made it, which with
             `init_lora_weights=False` is at random.
     """
-    factor_a, factor_b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+    factor_a, factor_b = raw_weight(layer.lora_A[adapter_name]), raw_weight(layer.lora_B[adapter_name])
     if plan.rows is None or factor_a.is_meta:
         return
     basis, other = (factor_a, factor_b) if plan.side == "read" else (factor_b, factor_a)
@@ -37,18 +144,18 @@ def write_basis(layer: LoraLayer, adapter_name: str, plan: ModulePlan, *, neutra
         other.zero_()
 
 
-def freeze_basis(layer: LoraLayer, adapter_name: str, side: str) -> None:
-    """Declare the factor that holds the basis as frozen, by PEFT's own mechanism.
+def freeze_factors(layer: LoraLayer, adapter_name: str, names: tuple[str, ...]) -> None:
+    """Declare factors as frozen, by PEFT's own mechanism.
 
-    `BaseTunerLayer.frozen_peft_weight_names` makes PEFT keep the factor frozen whenever it switches adapters on.
+    `BaseTunerLayer.frozen_peft_weight_names` makes PEFT keep them frozen whenever it switches adapters on.
 
     Args:
         layer: LoRA's layer.
         adapter_name: the adapter.
-        side: `read`, `write`, or `none` to freeze nothing (also what an earlier adapter of that name froze).
+        names: `lora_A`, `lora_B`, both, or none (also of what an earlier adapter of that name froze).
     """
-    names = {name: frozen for name, frozen in layer.frozen_peft_weight_names.items() if name != adapter_name}
-    if side != "none":
-        names[adapter_name] = ("lora_A",) if side == "read" else ("lora_B",)
-    layer.frozen_peft_weight_names = names
+    frozen = {name: kept for name, kept in layer.frozen_peft_weight_names.items() if name != adapter_name}
+    if names:
+        frozen[adapter_name] = names
+    layer.frozen_peft_weight_names = frozen
     layer._freeze_non_trainable_peft_weights(adapter_name)

@@ -14,7 +14,8 @@ from torch import nn
 
 from ..errors import ConfigError
 from .config import NO_BASIS, SaeSubspaceConfig
-from .factors import freeze_basis, holds_basis, write_basis
+from .factors import freeze_factors, holds_basis, protect_factors, write_basis
+from .forward import use_fused_forward
 from .module_plan import ModulePlan
 from .plan import InjectionPlan, describe_model, make_plan
 from .registration import NAME
@@ -115,7 +116,9 @@ class SubspaceInjection(_Tuner):
         if plan is None or not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
             return
         write_basis(layer, adapter_name, plan, neutral=bool(lora_config.init_lora_weights))
-        freeze_basis(layer, adapter_name, plan.side if lora_config.freeze_basis else "none")
+        protect_factors(layer, adapter_name, plan)
+        freeze_factors(layer, adapter_name, plan.frozen(freeze_basis=lora_config.freeze_basis))
+        use_fused_forward(layer, adapter_name)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Cast as PEFT does; a basis that had passed through a lower precision is written again exactly.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +13,11 @@ from peft.tuners.mixed import MixedModel
 from peft.utils import save_and_load
 from torch import nn
 
+from ..errors import ConfigError
 from .config import NO_BASIS, SaeSubspaceConfig
+from .factors import ProtectedLinear, protected_factors
 from .injection import SubspaceInjection
+from .module_plan import ModulePlan
 from .registration import viewed_as_lora
 
 
@@ -39,14 +43,22 @@ class SaeSubspaceModel(SubspaceInjection, LoraModel):
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any) -> None:
         """Combine adapters as LoRA does. The result has no basis of its own, and nothing in it is frozen.
 
-        PEFT copies the first adapter's configuration for it, which would claim that adapter's basis.
+        PEFT copies the first adapter's configuration for it, which would claim that adapter's basis. Directions that
+        all of the adapters protect stay protected; where they protect different ones, a sum uses what only some of them
+        keep away from, and that is refused.
+
+        Raises:
+            ConfigError: the adapters protect different directions.
         """
+        guards = _common_protection(self, adapters)
         first = self.peft_config[adapters[0]] if adapters and adapters[0] in self.peft_config else None
         known = adapter_name in self.peft_config
         if isinstance(first, SaeSubspaceConfig):
             self.peft_config[adapters[0]] = without_basis(first)
         try:
             super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
+            if not known:
+                _protect_again(self, adapter_name, guards)
         except Exception:
             if not known:
                 self.peft_config.pop(adapter_name, None)
@@ -73,6 +85,12 @@ class SaeSubspaceModel(SubspaceInjection, LoraModel):
         tensors: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        for name, factor in protected_factors(model, adapter_name):
+            for part in ("weight", "bias"):
+                key = f"{name}.{part}"
+                # What is written must be what takes effect, for whoever loads it without knowing of the protection.
+                if key in tensors and (part == "weight" or factor.side == "write"):
+                    tensors[key] = factor.effective(tensors[key])
         factors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".bias")}
         save_and_load._validate_lora_adapter_state_dict(factors, adapter_name=adapter_name)
         return tensors
@@ -108,5 +126,40 @@ def without_basis(config: SaeSubspaceConfig) -> SaeSubspaceConfig:
         freeze_basis=False,
         layer_map="nearest",
         sides=None,
+        protect=False,
         basis_record=copy.deepcopy(NO_BASIS),
     )
+
+
+def _common_protection(model: SaeSubspaceModel, adapters: list[str]) -> dict[str, ProtectedLinear]:
+    """The protected factors of adapters, by their names without the adapter's, if they are the same in all."""
+    found = [
+        {name.removesuffix(f".{adapter}"): factor for name, factor in protected_factors(model, adapter)}
+        for adapter in adapters
+    ]
+    for adapter, guards in zip(adapters, found, strict=True):
+        config = model.peft_config.get(adapter)
+        lost = isinstance(config, SaeSubspaceConfig) and config.protects_something() and not guards
+        if (
+            lost
+            or guards.keys() != found[0].keys()
+            or not all(guard.protects_like(found[0][name]) for name, guard in guards.items())
+        ):
+            raise ConfigError(
+                f"The adapters {adapters[0]!r} and {adapter!r} protect different features, or one of them was loaded "
+                "without its Subspace, so their combination would use what one of them keeps away from. Combine "
+                "adapters with the same protection, loaded with is_trainable=True, or export them with export_lora and "
+                "combine the plain LoRA adapters."
+            )
+    return found[0] if found else {}
+
+
+def _protect_again(model: SaeSubspaceModel, adapter_name: str, guards: Mapping[str, ProtectedLinear]) -> None:
+    """Protect the factors of a combination, and record it, so that it is not trained on without its protection."""
+    modules: dict[str, dict[str, Any]] = model.peft_config[adapter_name].basis_record["modules"] if guards else {}
+    for name, guard in guards.items():
+        factors = model.get_submodule(name)
+        factors[adapter_name] = guard.like(factors[adapter_name])
+        target = name.removeprefix("model.").rpartition(".")[0]
+        entry = modules.setdefault(target, ModulePlan(side="none", rank=guard.in_features).to_record())
+        entry[f"protected_{guard.side}"] = guard.count

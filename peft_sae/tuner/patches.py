@@ -19,7 +19,9 @@ import peft
 from peft import LoraModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from ..errors import ConfigError
 from .config import BESIDE, SUBSPACE_FOLDER, SaeSubspaceConfig
+from .factors import protected_factors
 from .model import SaeMixedModel, SaeSubspaceModel, without_basis
 from .registration import viewed_as_lora
 
@@ -87,6 +89,11 @@ def _reduce_intruders(original: Function) -> Function:
         config = peft_model.peft_config.get(old_adapter_name)
         if not isinstance(config, SaeSubspaceConfig):
             return original(peft_model, old_adapter_name, *args, **kwargs)
+        if any(protected_factors(peft_model, old_adapter_name)) or config.protects_something():
+            raise ConfigError(
+                f"Reducing the intruder dimensions of {old_adapter_name!r} would subtract parts of the base weights, "
+                "which read and write its protected features. Use an adapter without protected features."
+            )
         own_type = peft_model.peft_type
         peft_model.peft_type = PeftType.LORA
         peft_model.peft_config[old_adapter_name] = without_basis(config)
@@ -108,6 +115,8 @@ def _load_in_transformers(original: Function) -> Function:
         hotswap = kwargs.get("hotswap", "auto")
         if hotswap == "auto":
             hotswap = getattr(self, "_hotswap_enabled", False)
+        if hotswap:
+            _refuse_swap(self, kwargs.get("adapter_name") or "default")
         ours = [config for config in loaded.values() if isinstance(config, SaeSubspaceConfig)] if hotswap else []
         with viewed_as_lora(*ours):
             report = original(self, *args, **kwargs)
@@ -118,6 +127,25 @@ def _load_in_transformers(original: Function) -> Function:
         return report
 
     return load_adapter
+
+
+def _hotswap(original: Function) -> Function:
+    """Hot swapping writes through `weight`, which for a protected factor is not the parameter."""
+
+    @functools.wraps(original)
+    def hotswap_adapter_from_state_dict(model: Any, state_dict: Any, adapter_name: str, *args: Any, **kw: Any) -> Any:
+        _refuse_swap(model, adapter_name)
+        return original(model, state_dict, adapter_name, *args, **kw)
+
+    return hotswap_adapter_from_state_dict
+
+
+def _refuse_swap(model: Any, adapter_name: str) -> None:
+    if any(protected_factors(model, adapter_name)):
+        raise ConfigError(
+            f"The adapter {adapter_name!r} is being trained with protected features, and what is swapped in would not "
+            "be protected alike. Load it with is_trainable=False (inference_mode=True), and swap then."
+        )
 
 
 def _find_subspace_beside(original: Function) -> Function:
@@ -166,6 +194,12 @@ PATCHES = (
         _reduce_intruders,
     ),
     Patch("peft.peft_model", "PeftModel._get_peft_specific_model_tags", 'if peft_method == "LORA":', _tag_model_card),
+    Patch(
+        "peft.utils.hotswap",
+        "hotswap_adapter_from_state_dict",
+        "old_val.data.copy_(new_val.data)",
+        _hotswap,
+    ),
     Patch(
         "peft.config",
         "PeftConfigMixin.from_pretrained",

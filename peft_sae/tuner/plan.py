@@ -81,4 +81,11 @@ def _from_record(config: SaeSubspaceConfig, name: str, entry: Mapping[str, Any] 
             f"freeze_basis=True, and basis_record says nothing of the basis of {name!r}, so nothing in it would be "
             "frozen. Restore the adapter's configuration."
         )
-    return ModulePlan(rank=rank, **(entry or {"side": "none"}))
+    protected = entry is not None and bool(entry["protected_read"] or entry["protected_write"])
+    if protected and not config.inference_mode:
+        raise ConfigError(
+            f"The adapter protects features in {name!r}, and its Subspace, which says which directions those are, is "
+            "not there, so training on would not keep away from them. Put the adapter's `subspace` folder back, or "
+            "load it with is_trainable=False."
+        )
+    return ModulePlan(rank=rank, locked=protected, **(entry or {"side": "none"}))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,27 +14,17 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ConfigError, MismatchError
 from ..layout import BlockLayout, ModuleRole
 from ..subspace import Subspace, SubspaceSite
-from .basis import NormGain, fill_rows, measure_norm, orthonormal_rows, through_norm
+from .basis import fill_rows, orthonormal_rows, through_norm, without_part
 from .config import SaeSubspaceConfig
 from .module_plan import ModulePlan, asked_rank
-from .sites import nearest_site, own_sites, sites_of_role
+from .norms import NormGains
+from .protection import Protection
+from .sites import Place, nearest_site, own_sites, sites_of_role
 
 logger = logging.getLogger(__name__)
 
 # What LoRA adapts beside linear modules (`peft.tuners.lora.layer.dispatch_default`).
 _PLAIN_TYPES = (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a module is: its block, its roles there, and what precedes the paths of the block's parts."""
-
-    block: int
-    roles: tuple[ModuleRole, ...]
-    prefix: str | None
-
-    def norm(self, role: ModuleRole) -> str | None:
-        return None if role.norm is None or self.prefix is None else f"{self.prefix}{role.norm}"
 
 
 class Planner:
@@ -45,7 +35,8 @@ class Planner:
         self._model = model
         self._subspace = subspace
         self._layout: BlockLayout = subspace.layout
-        self._norms: dict[str, NormGain | None] = {}
+        self._norms = NormGains(model)
+        self._protection = Protection(config, subspace, self._norms)
         self._rows: dict[tuple[str, str, str | None], torch.Tensor] = {}
 
     def plan(self, targets: Sequence[str]) -> dict[str, ModulePlan]:
@@ -106,10 +97,11 @@ class Planner:
             module = module.get_base_layer()
         place = self._place(name)
         role, site = self._find_site(name, module, place)
-        if role is None:
-            return self._plain(name, module)
-        if site is None:
+        if role is not None and site is None:
             return None
+        unseen = self._protection.of_module(name, module, place)
+        if role is None or site is None:
+            return replace(self._plain(name, module), **unseen)
         norm_name = place.norm(role) if self._config.norm_gain else None
         width = _width(module, role.side)
         if width is not None and width != site.sae.d_in:
@@ -119,7 +111,16 @@ class Planner:
             )
         if _is_on_meta(module):  # nothing can be initialised there, so only the sizes matter
             return self._fit_rank(name, role, site, None)
-        return self._fit_rank(name, role, site, self._module_rows(site, role, norm_name))
+        rows = self._module_rows(site, role, norm_name)
+        avoided = unseen.get(f"unseen_{role.side}")
+        if avoided is not None:
+            rows = without_part(rows, avoided.double())
+            if rows.shape[0] == 0:
+                raise ConfigError(
+                    f"All of the basis at {site.sae.hook_name} lies in what is protected at {name!r}, so nothing is "
+                    "left to start from. Protect fewer features, or choose others."
+                )
+        return replace(self._fit_rank(name, role, site, rows, avoided), **unseen)
 
     def _plain(self, name: str, module: nn.Module) -> ModulePlan:
         """A module that no basis belongs to: plain LoRA."""
@@ -140,18 +141,18 @@ class Planner:
             )
         return ModulePlan(side="none", rank=rank)
 
-    def _place(self, name: str) -> _Place:
+    def _place(self, name: str) -> Place:
         depth = int(self._subspace.model.get("num_hidden_layers", 0))
         head = self._layout.locate_head(name)
         if head is not None:  # it reads what a block behind the last one would
-            return _Place(depth, (ModuleRole("read", "resid_pre", self._layout.final_norm),), head)
+            return Place(depth, (ModuleRole("read", "resid_pre", self._layout.final_norm),), head)
         found = self._layout.locate(name)
         if found is None:
-            return _Place(depth, (), None)
+            return Place(depth, (), None)
         path, block, rest = found
-        return _Place(block, self._layout.roles.get(rest, ()), f"{path}." if path else "")
+        return Place(block, self._layout.roles.get(rest, ()), f"{path}." if path else "")
 
-    def _find_site(self, name: str, module: nn.Module, place: _Place) -> tuple[ModuleRole | None, SubspaceSite | None]:
+    def _find_site(self, name: str, module: nn.Module, place: Place) -> tuple[ModuleRole | None, SubspaceSite | None]:
         """The module's role, None for plain LoRA, and its site, None if it is to be left alone."""
         given = self._given_side(name)
         if given == "none" or (not isinstance(module, (nn.Linear, Conv1D)) and not hasattr(module, "in_features")):
@@ -165,6 +166,8 @@ class Planner:
                 f"its basis has no place. Say which with sides={{{name.split('.')[-1]!r}: 'read'}} ('write', or 'none' "
                 "for plain LoRA), or do not target it."
             )
+        if not self._subspace.sites:  # LoRA that keeps away from protected features
+            return None, None
         for role in roles:
             candidates = sites_of_role(self._subspace.sites, role, place.block)
             if candidates and self._config.layer_map == "exact":
@@ -190,7 +193,7 @@ class Planner:
     def _module_rows(self, site: SubspaceSite, role: ModuleRole, norm_name: str | None) -> torch.Tensor:
         key = (site.sae.hook_name, role.side, norm_name)
         if key not in self._rows:
-            gain = None if norm_name is None else self._norm(norm_name, site.basis.shape[1])
+            gain = self._norms.get(norm_name, site.basis.shape[1])
             rows = orthonormal_rows(through_norm(site.basis, gain, role.side))
             if rows.shape[0] == 0:
                 raise MismatchError(
@@ -199,42 +202,29 @@ class Planner:
             self._rows[key] = rows
         return self._rows[key]
 
-    def _norm(self, name: str, width: int) -> NormGain | None:
-        if name not in self._norms:
-            try:
-                norm = self._model.get_submodule(name)
-            except AttributeError as error:
-                raise MismatchError(
-                    f"The Subspace expects a norm at {name!r}, and the model has none: it is of another architecture. "
-                    "Use a Subspace of this model, or norm_gain=False."
-                ) from error
-            if any(parameter.shape != (width,) for parameter in norm.parameters()):
-                raise MismatchError(
-                    f"The Subspace names {name!r} ({type(norm).__name__}) as a norm of width {width}, which it is "
-                    "not. Use a Subspace of this model, or norm_gain=False."
-                )
-            self._norms[name] = measure_norm(norm, width)
-            if self._norms[name] is None:
-                raise ConfigError(
-                    f"The norm {name!r} is on the meta device while modules behind it are not, so its gain cannot be "
-                    "had. Load the model without offloading, or use norm_gain=False."
-                )
-        return self._norms[name]
-
-    def _fit_rank(self, name: str, role: ModuleRole, site: SubspaceSite, rows: torch.Tensor | None) -> ModulePlan:
+    def _fit_rank(
+        self,
+        name: str,
+        role: ModuleRole,
+        site: SubspaceSite,
+        rows: torch.Tensor | None,
+        avoided: torch.Tensor | None = None,
+    ) -> ModulePlan:
         asked = asked_rank(self._config, name)
         found, width = site.basis.shape if rows is None else rows.shape
+        width -= 0 if avoided is None else avoided.shape[0]
         rank = found if asked is None else asked
         if rank > width:
             raise ConfigError(
-                f"r={rank} exceeds the {width} dimensions that {name!r} {role.side}s, so no basis has so many "
-                f"directions. Use r='auto' or r <= {width}."
+                f"r={rank} exceeds the {width} dimensions that {name!r} {role.side}s"
+                f"{'' if avoided is None else ' and that are not protected'}, so no basis has so many directions. Use "
+                f"r='auto' or r <= {width}."
             )
         missing = max(0, rank - found)
         if missing:
             self._check_fill(name, rank, found)
         if missing and rows is not None:
-            rows = torch.cat([rows, self._fill(name, rows, missing)])
+            rows = torch.cat([rows, self._fill(name, rows, missing, avoided)])
         return ModulePlan(
             side=role.side,
             rank=rank,
@@ -258,10 +248,11 @@ class Planner:
             f"{found}, fill='zeros', or a larger variance or top_k when building the Subspace."
         )
 
-    def _fill(self, name: str, rows: torch.Tensor, missing: int) -> torch.Tensor:
+    def _fill(self, name: str, rows: torch.Tensor, missing: int, avoided: torch.Tensor | None) -> torch.Tensor:
         if self._config.fill == "zeros":
             return rows.new_zeros(missing, rows.shape[1])
-        return fill_rows(rows, missing, seed=f"{self._subspace.digest}/{name}")
+        taken = rows if avoided is None else torch.cat([rows, avoided.double()])
+        return fill_rows(taken, missing, seed=f"{self._subspace.digest}/{name}")
 
 
 def _is_on_meta(module: nn.Module) -> bool:

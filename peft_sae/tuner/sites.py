@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..layout import ModuleRole, Site
 from ..subspace import SubspaceSite
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module is.
+
+    Attributes:
+        block: index of its block; one beyond the last for the head.
+        roles: its roles there; empty if they are unknown.
+        prefix: what precedes the paths of the block's parts in the model; None if it is in no block.
+    """
+
+    block: int
+    roles: tuple[ModuleRole, ...]
+    prefix: str | None
+
+    def norm(self, role: ModuleRole) -> str | None:
+        """Path in the model of the norm between the module and the site of a role."""
+        return None if role.norm is None or self.prefix is None else f"{self.prefix}{role.norm}"
+
 
 _RESIDUAL_KINDS = ("resid_pre", "resid_mid", "resid_post")
 _WRITE_KINDS = (*_RESIDUAL_KINDS, "attn_out", "mlp_out")

@@ -82,7 +82,15 @@ def test_bad_values_are_refused(fields, message):
         SaeSubspaceConfig(**{"subspace": "somewhere", **fields})
 
 
-ENTRY = {"side": "read", "hook_name": None, "basis": 1, "filled": 0, "dropped": 0}
+ENTRY = {
+    "side": "read",
+    "hook_name": None,
+    "basis": 1,
+    "filled": 0,
+    "dropped": 0,
+    "protected_read": 0,
+    "protected_write": 0,
+}
 RECORD = {"digest": "0", "model": {}, "automatic_r": None, "modules": {"q": ENTRY}}
 
 

@@ -1,0 +1,86 @@
+"""Finding the features that an update must not use: by name, or by a contrast of texts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+
+from ..errors import ConfigError, SelectionError
+from ..sae.load import SaeHandle, as_handles
+from ..selection.select import SelectedFeatures, Selection
+from ..statistics.data import Data
+from .protected import ProtectedSite, parse_feature_name
+from .site import unit_rows
+from .tokens import promoted_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+# Names of features, or two sets of text that differ in what is to be ignored.
+Protect: TypeAlias = "Sequence[str] | tuple[Data, Data]"
+
+
+def find_protected(
+    protect: Protect | None, saes: Sequence[SaeHandle], contrast: Callable[[Data, Data], Selection]
+) -> Sequence[str] | Selection:
+    """Names are checked before the long work; a pair of sets is worked on."""
+    if protect is None:
+        return ()
+    if isinstance(protect, tuple) and len(protect) == 2 and not all(_is_name(part) for part in protect):
+        return contrast(*protect)
+    names = [str(name) for name in protect]
+    protected_ids(names, as_handles(saes))
+    return names
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and ":" in value and not Path(value).exists()
+
+
+def protected_ids(protect: Sequence[str] | Selection, saes: Sequence[SaeHandle]) -> dict[str, list[int]]:
+    """Protected feature ids by the digest of their SAE."""
+    if isinstance(protect, Selection):
+        return {chosen.sae.digest: chosen.features.tolist() for chosen in protect.sites}
+    if isinstance(protect, str):
+        raise ConfigError(f"protect={protect!r} is one text. Give a list of names, or a pair of sets of text.")
+    found: dict[str, list[int]] = {}
+    for name in protect:
+        sae, feature = parse_feature_name(name, [handle.identity for handle in saes])
+        ids = found.setdefault(sae.digest, [])
+        if feature not in ids:
+            ids.append(feature)
+    return found
+
+
+def without_protected(chosen: SelectedFeatures, guarded: Sequence[int]) -> SelectedFeatures:
+    """Protection goes before selection."""
+    kept = ~torch.isin(chosen.features, torch.tensor(guarded, dtype=torch.int64))
+    if bool(kept.all()):
+        return chosen
+    both = chosen.features[~kept].tolist()
+    if not bool(kept.any()):
+        raise SelectionError(
+            f"All features chosen at {chosen.sae.hook_name} are protected ({both}), so no basis is left. Raise top_k, "
+            "or protect fewer."
+        )
+    logger.warning("Features %s at %s are chosen and protected: they are left out.", both, chosen.sae.hook_name)
+    tensors = {
+        name: getattr(chosen, name)[kept]
+        for name in ("features", "scores", "aligned_means", "unaligned_means", "aligned_rates", "unaligned_rates")
+    }
+    return SelectedFeatures(sae=chosen.sae, **tensors)
+
+
+def protected_site(
+    handle: SaeHandle, ids: Sequence[int], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> ProtectedSite:
+    """Return the directions of protected features of one SAE, with the tokens that they promote."""
+    directions = unit_rows(handle.decoder[torch.tensor(ids, device=handle.decoder.device)], handle.identity.name)
+    tokens = promoted_tokens(directions, model, tokenizer, handle.identity.site.kind)
+    return ProtectedSite(handle.identity, torch.tensor(ids), directions.float(), tokens)

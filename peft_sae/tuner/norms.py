@@ -1,0 +1,51 @@
+"""The gains of a model's norms, each measured once."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..errors import ConfigError, MismatchError
+from .basis import NormGain, measure_norm
+
+
+class NormGains:
+    """Measures norms of one model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._norms: dict[str, NormGain] = {}
+
+    def get(self, name: str | None, width: int) -> NormGain | None:
+        """Return the gain of a norm, None for no norm.
+
+        Args:
+            name: path of the norm in the model, or None.
+            width: its number of channels.
+
+        Raises:
+            MismatchError: there is no such norm.
+            ConfigError: its weights are not there.
+        """
+        if name is None:
+            return None
+        if name not in self._norms:
+            try:
+                norm = self._model.get_submodule(name)
+            except AttributeError as error:
+                raise MismatchError(
+                    f"The Subspace expects a norm at {name!r}, and the model has none: it is of another architecture. "
+                    "Use a Subspace of this model, or norm_gain=False."
+                ) from error
+            if any(parameter.shape != (width,) for parameter in norm.parameters()):
+                raise MismatchError(
+                    f"The Subspace names {name!r} ({type(norm).__name__}) as a norm of width {width}, which it is "
+                    "not. Use a Subspace of this model, or norm_gain=False."
+                )
+            gain = measure_norm(norm, width)
+            if gain is None:
+                raise ConfigError(
+                    f"The norm {name!r} is on the meta device while modules behind it are not, so its gain cannot be "
+                    "had. Load the model without offloading, or use norm_gain=False."
+                )
+            self._norms[name] = gain
+        return self._norms[name]

@@ -1,0 +1,143 @@
+"""What a module's factors must be orthogonal to, so that protected features are neither read nor written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ConfigError, MismatchError
+from ..layout import ModuleRole, Side, Site
+from ..subspace import Subspace, SubspaceSite
+from ..subspace.protected import ProtectedSite, parse_feature_name
+from .basis import orthonormal_rows, unseen_through_norm
+from .config import SaeSubspaceConfig
+from .norms import NormGains
+from .sites import Place
+
+# Variants of LoRA whose update is not that of its two factors alone.
+_OTHER_VARIANTS = ("use_dora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config", "arrow_config")
+
+
+class Protection:
+    """The protected directions of one adapter, as each module meets them."""
+
+    def __init__(self, config: SaeSubspaceConfig, subspace: Subspace, norms: NormGains) -> None:
+        self._norms = norms
+        self._directions = _choose(config, subspace)
+        self._rows: dict[tuple[str, str | None, int | None], torch.Tensor] = {}
+        if self._directions:
+            _check_config(config)
+
+    def of_module(self, name: str, module: nn.Module, place: Place) -> dict[str, Any]:
+        """Return the fields of the module's plan that say what it must not read and write.
+
+        The protected features of every SAE of the residual stream count for every module that touches the stream, near
+        or far; those of a block's heads for the output projection of that block.
+
+        Args:
+            name: the target module's name.
+            module: the module, without adapters.
+            place: where it is.
+
+        Raises:
+            ConfigError: protection cannot be had for this module.
+        """
+        if not self._directions:
+            return {}
+        residual = any(site.sae.site.kind != "z" for site, _ in self._directions)
+        linear = isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "in_features")
+        if residual and not (linear and place.roles):
+            raise ConfigError(
+                f"It is not known what the target {name!r} ({type(module).__name__}) reads and writes, so it cannot be "
+                "kept from using protected features. Exclude it with exclude_modules, or set protect=False."
+            )
+        fields: dict[str, Any] = {}
+        for role in place.roles:
+            rows = self._role_rows(name, module, role, place)
+            if rows is not None:
+                fields[f"protected_{role.side}"] = rows.shape[0]
+                fields[f"unseen_{role.side}"] = rows
+        return fields
+
+    def _role_rows(self, name: str, module: nn.Module, role: ModuleRole, place: Place) -> torch.Tensor | None:
+        heads = role.site == "z"
+        found = [
+            directions
+            for site, directions in self._directions
+            if (site.sae.site == Site(place.block, "z") if heads else site.sae.site.kind != "z")
+        ]
+        if not found:
+            return None
+        directions = torch.cat(found)
+        key = (role.side, place.norm(role), place.block if heads else None)
+        if key not in self._rows:
+            self._rows[key] = self._measure(name, module, directions, role.side, place.norm(role))
+        return self._rows[key]
+
+    def _measure(
+        self, name: str, module: nn.Module, directions: torch.Tensor, side: Side, norm: str | None
+    ) -> torch.Tensor:
+        parameter = next(module.parameters(), None)
+        if parameter is not None and parameter.is_meta:
+            raise ConfigError(
+                f"{name!r} is on the meta device, where protected features cannot be found behind the norms. Load the "
+                "model's weights first, or set protect=False to count parameters only."
+            )
+        width = directions.shape[1]
+        rows = orthonormal_rows(unseen_through_norm(directions, self._norms.get(norm, width), side))
+        if rows.shape[0] >= width:
+            raise ConfigError(
+                f"The protected features fill all {width} dimensions that {name!r} {side}s, so no update is left. "
+                "Protect fewer features."
+            )
+        return rows.float()
+
+
+def _choose(config: SaeSubspaceConfig, subspace: Subspace) -> list[tuple[SubspaceSite | ProtectedSite, torch.Tensor]]:
+    """The protected directions, one tensor [count, d_in] per site."""
+    if config.protect is False:
+        return []
+    if config.protect is True:
+        return [(site, site.directions) for site in subspace.protected]
+    sites: list[SubspaceSite | ProtectedSite] = [*subspace.sites, *subspace.protected]
+    known = {
+        (site.sae.digest, feature): direction
+        for site in sites
+        for feature, direction in zip(site.features.tolist(), site.directions, strict=True)
+    }
+    places = {site.sae.digest: site for site in sites}
+    chosen: dict[str, dict[int, torch.Tensor]] = {}
+    for name in config.protect:
+        sae, feature = parse_feature_name(name, [site.sae for site in places.values()])
+        if (sae.digest, feature) not in known:
+            ids = sorted(number for digest, number in known if digest == sae.digest)
+            raise MismatchError(
+                f"protect names {name!r}, and of the SAE at {sae.hook_name} the Subspace has the features {ids} only, "
+                "so the direction of another is not known. Build the Subspace with protect=[...]."
+            )
+        chosen.setdefault(sae.digest, {})[feature] = known[sae.digest, feature]
+    return [(places[digest], torch.stack(list(found.values()))) for digest, found in chosen.items()]
+
+
+def _check_config(config: LoraConfig) -> None:
+    for name in _OTHER_VARIANTS:
+        if getattr(config, name, None):
+            reason = "its magnitude rescales what the base weights read and write" if name == "use_dora" else ""
+            raise ConfigError(
+                f"{name} and protected features contradict each other: {reason or 'its update has other parts'}, so "
+                "protected features would be used after all. Use one of the two, or protect=False."
+            )
+    if config.bias != "none":
+        raise ConfigError(
+            f"bias={config.bias!r} trains biases of the base model, which may write protected features. Use "
+            "bias='none', or protect=False."
+        )
+    if config.target_parameters:
+        raise ConfigError(
+            f"target_parameters={sorted(config.target_parameters)} have no known side, so they cannot be kept from "
+            "using protected features. Target modules only, or set protect=False."
+        )
