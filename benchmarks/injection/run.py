@@ -1,6 +1,6 @@
 """Time of `get_peft_model` with a Subspace beside plain LoRA's, on a Gemma-2-2B-shaped model.
 
-    python benchmarks/injection/run.py [--device meta|cpu] [--repetitions 7]
+    python -m benchmarks.injection.run [--device meta|cpu] [--repetitions 7]
 
 Both are run in turn in one process; the result is the ratio of the medians.
 """
@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
@@ -21,10 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 import peft_sae
-from peft_sae.artifact import package_versions
-from peft_sae.sae.identity import SaeIdentity
-from peft_sae.sae.placement import find_layout
-from peft_sae.subspace import Subspace, SubspaceSite
+from benchmarks.common import circumstances, make_subspace
 
 _BLOCKS_WITH_SAE = (5, 10, 15, 20)  # as published for Gemma-2-2B (SAILS, arXiv 2512.23260)
 _FEATURES, _RANK = 64, 32
@@ -46,34 +41,6 @@ def make_model(device: str) -> Gemma2ForCausalLM:
         return Gemma2ForCausalLM(config).to(torch.bfloat16)
 
 
-def make_subspace(model: Gemma2ForCausalLM, seed: int) -> Subspace:
-    """Random unit directions in place of features: time does not depend on what they mean."""
-    generator = torch.Generator().manual_seed(seed)
-    width = model.config.hidden_size
-    sites = []
-    for block in _BLOCKS_WITH_SAE:
-        directions = torch.nn.functional.normalize(torch.randn(_FEATURES, width, generator=generator), dim=1)
-        basis = torch.linalg.qr(directions[:_RANK].T)[0].T
-        ones = torch.ones(_FEATURES, dtype=torch.float64)
-        identity = SaeIdentity(f"sae{block}", f"blocks.{block}.hook_resid_post", width, 16384, None, None, "0" * 64)
-        sites.append(
-            SubspaceSite(
-                sae=identity,
-                features=torch.arange(_FEATURES),
-                scores=ones,
-                aligned_means=ones,
-                unaligned_means=ones,
-                aligned_rates=ones,
-                unaligned_rates=ones,
-                directions=directions,
-                basis=basis.contiguous(),
-                coefficients=torch.eye(_RANK, _FEATURES),
-                tokens=((),) * _FEATURES,
-            )
-        )
-    return Subspace(tuple(sites), find_layout(model), {"num_hidden_layers": 26}, {"selector": "random"})
-
-
 def measure(model: Gemma2ForCausalLM, config: LoraConfig) -> float:
     """Seconds for one injection; the adapter is taken off again."""
     gc.collect()
@@ -92,7 +59,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     model = make_model(arguments.device)
-    subspace = make_subspace(model, arguments.seed)
+    subspace = make_subspace(model, _BLOCKS_WITH_SAE, rank=_RANK, features=_FEATURES, seed=arguments.seed)
     shared = {"r": 32, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
     makers = {
         "lora": lambda: LoraConfig(**shared),
@@ -106,14 +73,10 @@ def main() -> None:
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first is a warm-up
     result = {
         "benchmark": "get_peft_model, Gemma-2-2B shape, q_proj and v_proj, r=32",
-        "device": arguments.device,
         "seconds": {name: [round(value, 4) for value in values[1:]] for name, values in times.items()},
         "median_seconds": {name: round(value, 4) for name, value in medians.items()},
         "ratio_to_lora": {name: round(value / medians["lora"], 3) for name, value in medians.items()},
-        "seed": arguments.seed,
-        "versions": package_versions(),
-        "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        **circumstances(arguments.seed, arguments.device),
     }
     target = Path(__file__).parent / f"result-{arguments.device}.json"
     target.write_text(json.dumps(result, indent=2) + "\n")

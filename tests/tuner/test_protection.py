@@ -34,7 +34,7 @@ def config_for(model, *, protected=HOOKS, ranks=None, **fields):
     targets = TARGETS.get(family, ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"])
     fields = {"r": 4, "lora_alpha": 8, "target_modules": targets, **fields}
     if family == "bert":
-        fields["target_modules"] = r".*\.(query|dense)" if "target_modules" not in fields else fields["target_modules"]
+        fields.setdefault("target_modules", r".*\.(query|dense)")
         fields["exclude_modules"] = ["pooler.dense"]
     else:
         fields["task_type"] = "CAUSAL_LM"

@@ -1,0 +1,69 @@
+"""What the benchmarks share: Subspaces of random directions, and what a result records of its circumstances."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from peft_sae.artifact import package_versions
+from peft_sae.sae.identity import SaeIdentity
+from peft_sae.sae.placement import find_layout
+from peft_sae.subspace import Subspace, SubspaceSite
+from peft_sae.subspace.protected import ProtectedSite
+
+
+def make_subspace(
+    model: PreTrainedModel, blocks: Sequence[int], *, rank: int, features: int, seed: int, protected: int = 0
+) -> Subspace:
+    """Random unit directions in place of features: time does not depend on what they mean."""
+    generator = torch.Generator().manual_seed(seed)
+    width = model.config.hidden_size
+    sites, guards = [], []
+    for block in blocks:
+        directions = torch.nn.functional.normalize(torch.randn(features, width, generator=generator), dim=1)
+        basis = torch.linalg.qr(directions[:rank].T)[0].T
+        ones = torch.ones(features, dtype=torch.float64)
+        identity = SaeIdentity(f"sae{block}", f"blocks.{block}.hook_resid_post", width, 16384, None, None, "0" * 64)
+        sites.append(
+            SubspaceSite(
+                sae=identity,
+                features=torch.arange(features),
+                scores=ones,
+                aligned_means=ones,
+                unaligned_means=ones,
+                aligned_rates=ones,
+                unaligned_rates=ones,
+                directions=directions,
+                basis=basis.contiguous(),
+                coefficients=torch.eye(rank, features),
+                tokens=((),) * features,
+            )
+        )
+        if protected:
+            kept = torch.nn.functional.normalize(torch.randn(protected, width, generator=generator), dim=1)
+            guards.append(ProtectedSite(identity, torch.arange(1000, 1000 + protected), kept, ((),) * protected))
+    description = {"num_hidden_layers": model.config.num_hidden_layers}
+    return Subspace(tuple(sites), find_layout(model), description, {"selector": "random"}, protected=tuple(guards))
+
+
+def circumstances(seed: int, device: str) -> Mapping[str, Any]:
+    """Seed, versions, machine and commit of a run."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "seed": seed,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
+        "versions": package_versions(),
+        "machine": {
+            "processor": platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "load_before": round(os.getloadavg()[0], 2),
+        },
+        "commit": commit,
+    }
