@@ -1,0 +1,195 @@
+"""Quantised base models: PEFT's own layer for each, with the basis in it. Every package is optional, as in PEFT."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+from peft_sae import SaeSubspaceConfig
+from tests.tiny import make_model, make_subspace
+
+IDS = torch.randint(4, 16, (2, 9), generator=torch.Generator().manual_seed(0))
+TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
+# Blocks of 64 weights share a scale in bitsandbytes and HQQ.
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+KINDS = ("lora", "free", "frozen")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast:UserWarning"),
+    pytest.mark.filterwarnings("ignore:(Merge|Unmerge) lora module to .-bit linear may get:UserWarning"),
+]
+
+
+def quantise_on_loading(make_config):
+    def load(folder):
+        return AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=make_config(), device_map="cpu", dtype=torch.float32
+        )
+
+    return load
+
+
+def nf4():
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+
+
+def int8():
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+def torchao():
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+def replace_targets(make_layer):
+    """For packages whose loading by transformers wants a GPU."""
+
+    def load(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for name, module in list(model.named_modules()):
+            parent, _, last = name.rpartition(".")
+            if last in TARGETS:
+                setattr(model.get_submodule(parent), last, make_layer(module))
+        return model.requires_grad_(False)
+
+    return load
+
+
+def hqq(linear):
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    settings = BaseQuantizeConfig(nbits=8, group_size=64)
+    return HQQLinear(linear, settings, compute_dtype=torch.float32, device="cpu")
+
+
+def aqlm(linear):
+    from aqlm import QuantizedLinear
+
+    layer = QuantizedLinear(linear.in_features, linear.out_features, 8, 1, 1, 8, bias=False, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    layer.codes.data.random_(-128, 128, generator=generator)
+    layer.codebooks.data.normal_(0, 0.1, generator=generator)
+    layer.scales.data.fill_(1)
+    return layer
+
+
+LOADERS = {
+    "nf4": ("bitsandbytes", "Linear4bit", quantise_on_loading(nf4)),
+    "int8": ("bitsandbytes", "Linear8bitLt", quantise_on_loading(int8)),
+    "torchao": ("torchao", "TorchaoLoraLinear", quantise_on_loading(torchao)),
+    "hqq": ("hqq", "HqqLoraLinear", replace_targets(hqq)),
+    "aqlm": ("aqlm", "AqlmLoraLinear", replace_targets(aqlm)),
+}
+
+
+def methods(*left_out):
+    return pytest.mark.parametrize(
+        "method",
+        [
+            pytest.param(name, marks=pytest.mark.skipif(not find_spec(package), reason=f"{package} is not installed"))
+            for name, (package, _, _) in LOADERS.items()
+            if name not in left_out
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("base")
+    make_model(**SIZES).save_pretrained(path)
+    return path
+
+
+def load(method, folder):
+    # In evaluation, bitsandbytes packs 4-bit weights for some CPUs in a way that PEFT cannot unpack. Nothing drops out.
+    return LOADERS[method][2](folder).train()
+
+
+def adapt(model, kind) -> PeftModel:
+    fields = {"target_modules": TARGETS, "task_type": "CAUSAL_LM"}
+    torch.manual_seed(0)
+    if kind == "lora":
+        return get_peft_model(model, LoraConfig(r=4, **fields))
+    config = SaeSubspaceConfig(subspace=make_subspace(model), r="auto", freeze_basis=kind == "frozen", **fields)
+    return get_peft_model(model, config)
+
+
+def logits(model) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def train(model, steps=2):
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.3)
+    for _ in range(steps):
+        model(IDS, labels=IDS).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def layers(model):
+    return {name: module for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
+
+
+def factors(model):
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@methods()
+def test_step_zero_is_the_quantised_model_and_the_basis_is_that_of_the_full_one(folder, method, kind):
+    base = load(method, folder)
+    before = logits(base)
+
+    adapted = adapt(base, kind).train()
+
+    assert {type(layer).__name__ for layer in layers(adapted).values()} == {LOADERS[method][1]}
+    assert torch.equal(logits(adapted), before)
+    full = factors(adapt(make_model(**SIZES), kind))
+    for name, weight in factors(adapted).items():
+        assert weight.dtype is torch.float32
+        assert torch.equal(weight, full[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@methods()
+def test_training_saving_and_loading(folder, method, kind, tmp_path):
+    adapted = adapt(load(method, folder), kind).train()
+    start, before = factors(adapted), logits(adapted)
+
+    train(adapted)
+    trained = logits(adapted)
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(load(method, folder), tmp_path).train()
+
+    for name, weight in factors(adapted).items():
+        holds_basis = ("lora_A" in name) != any(writer in name for writer in ("o_proj", "down_proj"))
+        assert torch.equal(weight, start[name]) is (kind == "frozen" and holds_basis), name
+    assert not torch.allclose(trained, before, atol=0.1)
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted), before)
+    assert torch.equal(logits(loaded), trained)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@methods("aqlm")
+def test_merging_costs_what_quantising_costs(folder, method, kind):
+    adapted = adapt(load(method, folder), kind).train()
+    before = logits(adapted)
+    cost = float((before - logits(make_model(**SIZES))).abs().max())
+    train(adapted)
+    trained = logits(adapted)
+    assert (trained - before).abs().max() > 5 * cost
+
+    # Merging quantises the sum anew, and unmerging the difference, LoRA's no less than ours.
+    adapted.merge_adapter()
+    torch.testing.assert_close(logits(adapted), trained, rtol=0, atol=2 * cost)
+    adapted.unmerge_adapter()
+    torch.testing.assert_close(logits(adapted), trained, rtol=0, atol=2 * cost)
+    with adapted.disable_adapter():
+        torch.testing.assert_close(logits(adapted), before, rtol=0, atol=2 * cost)
