@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -16,24 +17,31 @@ from tests.tiny import make_model
 
 ROOT = Path(__file__).parents[2]
 REFUSED = "fsdp1-blocks-flat"
+DEEPSPEED = find_spec("deepspeed") is not None
+TOGETHER = [way for way in worker.WAYS if way != "zero3"]
+ZERO3 = pytest.param("zero3", marks=pytest.mark.skipif(not DEEPSPEED, reason="DeepSpeed is not installed"))
+WAYS = [*(way for way in TOGETHER if way != REFUSED), ZERO3]
 
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory):
-    """What all ways of training leave, from one launch of two processes."""
+    """What all ways of training leave. As starting is what takes long, they share one start; DeepSpeed shares none."""
     folder = tmp_path_factory.mktemp("processes")
+    start(folder, TOGETHER)
+    if DEEPSPEED:
+        start(folder, ["zero3"])
+    return folder
+
+
+def start(folder, ways):
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(worker.PROCESSES)]
-    command += ["-m", "tests.distributed.worker", str(folder)]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }
+    command += ["-m", "tests.distributed.worker", str(folder), *ways]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +55,7 @@ def reference(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", worker.KINDS)
-@pytest.mark.parametrize("way", [way for way in worker.WAYS if way != REFUSED])
+@pytest.mark.parametrize("way", WAYS)
 def test_the_adapter_is_that_of_one_process(output, reference, way, kind):
     found, expected = output / way / kind, reference / ("trainer" if "trainer" in way else "loop") / kind
     errors = [file.read_text() for file in found.glob("error-*")]
@@ -73,7 +81,7 @@ def read_config(folder):
     return {**config, "target_modules": sorted(config["target_modules"])}  # a set, in no order
 
 
-@pytest.mark.parametrize("way", [way for way in worker.WAYS if way != REFUSED])
+@pytest.mark.parametrize("way", WAYS)
 def test_a_frozen_basis_keeps_its_bits(output, way):
     start = worker.adapt("frozen").state_dict()
     trained = load_file(output / way / "frozen" / "adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""What every process of the tests runs: `torchrun --nproc_per_node 2 -m tests.distributed.worker OUTPUT`.
+"""What every process of the tests runs: `torchrun --nproc_per_node 2 -m tests.distributed.worker OUTPUT WAY...`.
 
 Each way of training leaves the adapter it saved in a folder of its own, or its error. So one launch serves many tests.
 """
@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import HfDeepSpeedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from peft_sae import SaeSubspaceConfig
@@ -135,6 +136,32 @@ def sharding_accelerator(plugin) -> Accelerator:
     return accelerator
 
 
+def run_zero3(kind: str, output: Path) -> None:
+    """DeepSpeed leaves weights of size 0 in the modules, and gathers them on request."""
+    import deepspeed
+
+    settings = {
+        "train_micro_batch_size_per_gpu": len(own_rows()),
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 1e9,  # by default it clips at 1
+    }
+    if rank() == 0:
+        make_model().save_pretrained(output / "base")
+    dist.barrier()
+    partitioning = HfDeepSpeedConfig(settings)
+    base = AutoModelForCausalLM.from_pretrained(output / "base")
+    assert base.model.norm.weight.numel() == 0
+    model = adapt(kind, base)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=make_optimizer(model), config=settings)
+    for _ in range(STEPS):
+        engine.backward(engine(own_rows(), labels=own_rows()).loss)
+        engine.step()
+    save(model, output, engine._zero3_consolidated_16bit_state_dict())
+    del partitioning  # transformers partitions for as long as it lives
+
+
 def run_trainer(kind: str, output: Path, **arguments) -> None:
     args = TrainingArguments(
         str(output / "trainer"),
@@ -172,20 +199,21 @@ WAYS = {
     "fsdp1-blocks-flat": partial(run_fsdp1, policy=BLOCKS, use_orig_params=False),
     "ddp-trainer": run_trainer,
     "fsdp2-trainer": partial(run_trainer, fsdp=True),
+    "zero3": run_zero3,
 }
 
 
-def main(output: Path) -> None:
+def main(output: Path, ways: list[str]) -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     assert dist.get_world_size() == PROCESSES
     environment = dict(os.environ)
-    for way, run in WAYS.items():
+    for way in ways:
         for kind in KINDS:
             folder = output / way / kind
             folder.mkdir(parents=True, exist_ok=True)
             dist.barrier()
             try:
-                run(kind, folder)
+                WAYS[way](kind, folder)
             except Exception:
                 (folder / f"error-{rank()}.txt").write_text(traceback.format_exc())
             # Accelerate remembers how it was set up in both.
@@ -198,4 +226,4 @@ def main(output: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -78,6 +78,7 @@ def aqlm(linear):
     return layer
 
 
+# AQLM's kernel for CPUs cannot be trained through, so there is no more to see of it than the layer.
 LOADERS = {
     "nf4": ("bitsandbytes", "Linear4bit", quantise_on_loading(nf4)),
     "int8": ("bitsandbytes", "Linear8bitLt", quantise_on_loading(int8)),
@@ -142,14 +143,10 @@ def factors(model):
 
 @pytest.mark.parametrize("kind", KINDS)
 @methods()
-def test_step_zero_is_the_quantised_model_and_the_basis_is_that_of_the_full_one(folder, method, kind):
-    base = load(method, folder)
-    before = logits(base)
-
-    adapted = adapt(base, kind).train()
+def test_the_layer_is_pefts_own_and_the_basis_in_it_is_that_of_the_full_model(folder, method, kind):
+    adapted = adapt(load(method, folder), kind)
 
     assert {type(layer).__name__ for layer in layers(adapted).values()} == {LOADERS[method][1]}
-    assert torch.equal(logits(adapted), before)
     full = factors(adapt(make_model(**SIZES), kind))
     for name, weight in factors(adapted).items():
         assert weight.dtype is torch.float32
@@ -157,11 +154,14 @@ def test_step_zero_is_the_quantised_model_and_the_basis_is_that_of_the_full_one(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@methods()
+@methods("aqlm")
 def test_training_saving_and_loading(folder, method, kind, tmp_path):
-    adapted = adapt(load(method, folder), kind).train()
-    start, before = factors(adapted), logits(adapted)
+    base = load(method, folder)
+    before = logits(base)
 
+    adapted = adapt(base, kind).train()
+    start = factors(adapted)
+    assert torch.equal(logits(adapted), before)
     train(adapted)
     trained = logits(adapted)
     adapted.save_pretrained(tmp_path)
