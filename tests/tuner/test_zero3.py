@@ -24,7 +24,8 @@ def partition(monkeypatch):
 
     @contextmanager
     def gathered(weights, modifier_rank=None, fwd_module=None):
-        weights = [weights] if isinstance(weights, torch.nn.Parameter) else list(weights)
+        weights = [weights] if isinstance(weights, torch.nn.Parameter) else weights
+        weights = [weight for weight in weights if weight in whole]
         for weight in weights:
             weight.data = whole[weight]
         yield
