@@ -4,7 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from peft_sae import SaeSubspaceConfig
@@ -12,7 +12,7 @@ from tests.tiny import make_model, make_subspace
 
 IDS = torch.randint(4, 16, (2, 9), generator=torch.Generator().manual_seed(0))
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
-# Blocks of 64 weights share a scale in bitsandbytes and HQQ.
+# In bitsandbytes and HQQ blocks of 64 weights share a scale. Other widths work, but a block then spans rows.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 KINDS = ("lora", "free", "frozen")
 
@@ -219,3 +219,26 @@ def test_merging_costs_what_quantising_costs(folder, method, kind):
     torch.testing.assert_close(logits(adapted), trained, rtol=0, atol=2 * cost)
     with adapted.disable_adapter():
         torch.testing.assert_close(logits(adapted), before, rtol=0, atol=2 * cost)
+
+
+# PEFT 0.21 calls transformers 5.2x by an old name.
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("kind", KINDS)
+def test_qlora_as_it_is_usually_set_up(folder, kind):
+    """A bfloat16 model in 4 bits, its norms cast up, with gradient checkpointing."""
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=settings, device_map="cpu", dtype=torch.bfloat16
+    )
+    base = prepare_model_for_kbit_training(base, gradient_checkpointing_kwargs={"use_reentrant": False}).train()
+    before = logits(base)
+
+    adapted = adapt(base, kind).train()
+
+    assert torch.equal(logits(adapted), before)
+    full = factors(adapt(make_model(**SIZES).bfloat16(), kind))
+    for name, weight in factors(adapted).items():
+        torch.testing.assert_close(weight, full[name], rtol=0, atol=1e-6 if kind != "lora" else 1e-2)
+    train(adapted)
+    assert not torch.allclose(logits(adapted), before, atol=0.1)
