@@ -2,8 +2,8 @@
 
     python -m benchmarks.training.run [--targets all-linear|q_v] [--repetitions 15] [--device cpu|cuda]
 
-A 6-layer, 768-wide Llama with grouped queries, as Llama 3 has them, and random weights, batch 4 x 128, r = 16. All are run in turn in one process, in another
-order each time; what counts is the ratio of the medians to LoRA's.
+A 6-layer, 768-wide Llama with grouped queries, as Llama 3 has them, and random weights, batch 4 x 128, r = 16. All are
+run in turn in one process, in another order each time; what counts is the ratio of the medians to LoRA's.
 """
 
 from __future__ import annotations

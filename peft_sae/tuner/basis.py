@@ -129,9 +129,11 @@ def orthonormal_rows(directions: torch.Tensor) -> torch.Tensor:
         directions: float64 [rank, width].
 
     Returns:
-        Float64 [rank', width]; rank' is smaller where directions depend on those before them.
+        Float64 [rank', width]; rank' is smaller where directions depend on those before them, or are so short beside
+        the longest that they are rounding.
     """
-    rows = directions
+    lengths = directions.norm(dim=-1)
+    rows = directions = directions[lengths > _TOLERANCE * lengths.max(dim=0).values] if len(directions) else directions
     for _ in range(2):
         gram = rows @ rows.T
         scale = torch.diagonal(gram).rsqrt()

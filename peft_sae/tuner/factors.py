@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from ..layout import Side
 from .module_plan import ModulePlan
 
 
-class ProtectedLinear(nn.Linear):
+class ProtectedLinear(nn.Module):
     """A factor of LoRA that neither reads nor writes given directions, whatever its parameter holds.
 
     With Q [count, width], orthonormal rows, the factor A [r, in] of a reading module is used as A (I - Q^T Q), and B
     [out, r] of a writing one as (I - Q^T Q) B, a bias with it. `weight` *is* that product, so forward, merging,
-    unmerging and everything else in PEFT that reads a factor meet it alone; the parameter behind it is what optimisers
-    and state dicts see. The product costs 2 * count * r * width multiplications, however many tokens there are.
+    unmerging and everything else in PEFT that reads a factor meet it alone. The parameter behind it, `raw_weight`, is
+    what optimisers and FSDP see; an adapter is saved with the product under the usual name. The product costs
+    2 * count * r * width multiplications, however many tokens there are.
 
     Args:
         linear: the factor as LoRA has made it; its parameters are taken over.
@@ -27,31 +31,32 @@ class ProtectedLinear(nn.Linear):
     """
 
     def __init__(self, linear: nn.Linear, unseen: torch.Tensor, side: Side) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.side = side
         # No buffer: it must keep its precision when the model is cast, and does not belong into a checkpoint.
         self._unseen = unseen.float()
-        # Not by assignment, which would ask for the weight before it is there.
-        self._parameters.update(linear._parameters)
+        self.raw_weight = linear.weight
+        self.register_parameter("raw_bias", linear.bias)
 
     @property
-    def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The factor that takes effect."""
-        return self.effective(self.parameter("weight"))
+    def weight(self) -> torch.Tensor:
+        """The factor that takes effect, [out, in]."""
+        raw = self.raw_weight
+        # Outside of its forward pass FSDP1 leaves a part of it, or none; then its dtype and device are what is asked.
+        if raw.shape != (self.out_features, self.in_features) or raw.is_meta or not _has_storage(raw):
+            return raw
+        return self.effective(raw)
 
     @property
-    def bias(self) -> torch.Tensor | None:  # type: ignore[override]
+    def bias(self) -> torch.Tensor | None:
         """The bias that takes effect; what a reading module's factor returns is not in the stream."""
-        bias = self._parameters["bias"]
-        return bias if bias is None or self.side == "read" else self.effective(bias)
+        raw = self._parameters["raw_bias"]
+        return raw if raw is None or raw.is_meta or self.side == "read" else self.effective(raw)
 
-    def parameter(self, name: str) -> torch.Tensor:
-        """Return the parameter behind `weight` or `bias`."""
-        # A KeyError, unlike an AttributeError, would not make nn.Module fall back to the parameter.
-        parameter = self._parameters[name]
-        assert parameter is not None
-        return parameter
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return x [..., in] times the factor, [..., out]."""
+        return nn.functional.linear(x, self.weight, self.bias)
 
     def effective(self, factor: torch.Tensor) -> torch.Tensor:
         """Return a factor, or a bias, without what lies along the protected directions.
@@ -62,14 +67,12 @@ class ProtectedLinear(nn.Linear):
         Returns:
             The same shape and dtype. In float16 and bfloat16 it is orthogonal up to the rounding of the result.
         """
-        if factor.is_meta:
-            return factor
         if self._unseen.device != factor.device:
             self._unseen = self._unseen.to(factor.device)
         # Under autocast the products would be rounded to a few digits, and the directions with them.
         with torch.autocast(device_type=factor.device.type, enabled=False):
             exact = factor if factor.dtype == torch.float64 else factor.float()
-            unseen = self._unseen.to(exact.dtype)
+            unseen = _distribute_like(self._unseen.to(exact.dtype), exact)
             part = (exact @ unseen.T) @ unseen if self.side == "read" else unseen.T @ (unseen @ exact)
             return (exact - part).to(factor.dtype)
 
@@ -90,27 +93,60 @@ class ProtectedLinear(nn.Linear):
     def extra_repr(self) -> str:
         """The sizes, and how many directions are protected."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
-        return f"{sizes}, bias={self.bias is not None}, side={self.side}, protected={self.count}"
+        return f"{sizes}, bias={self.raw_bias is not None}, side={self.side}, protected={self.count}"
+
+
+def _has_storage(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, DTensor) or torch.compiler.is_compiling() or tensor.untyped_storage().nbytes() > 0
+
+
+def _distribute_like(unseen: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """The whole of the directions in every process that has a part of the factor (FSDP2)."""
+    if not isinstance(factor, DTensor):
+        return unseen
+    mesh = factor.device_mesh
+    return DTensor.from_local(unseen, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+# Injection while transformers loads an adapter: its loader knows the parameters by LoRA's names.
+_pending: ContextVar[list[tuple[LoraLayer, str, ModulePlan]] | None] = ContextVar("pending", default=None)
+
+
+@contextmanager
+def protecting_afterwards() -> Iterator[None]:
+    """Put protected factors in place at the end only, taking over what was loaded in the meantime."""
+    pending: list[tuple[LoraLayer, str, ModulePlan]] = []
+    token = _pending.set(pending)
+    try:
+        yield
+    finally:
+        _pending.reset(token)
+        for layer, adapter_name, plan in pending:
+            protect_factors(layer, adapter_name, plan)
 
 
 def protect_factors(layer: LoraLayer, adapter_name: str, plan: ModulePlan) -> None:
     """Put factors in place that keep to the plan's protected directions."""
+    pending = _pending.get()
+    if pending is not None:
+        pending.append((layer, adapter_name, plan))
+        return
     if plan.unseen_read is not None:
         layer.lora_A[adapter_name] = ProtectedLinear(layer.lora_A[adapter_name], plan.unseen_read, "read")
     if plan.unseen_write is not None:
         layer.lora_B[adapter_name] = ProtectedLinear(layer.lora_B[adapter_name], plan.unseen_write, "write")
 
 
-def protected_factors(model: nn.Module, adapter_name: str) -> Iterator[tuple[str, ProtectedLinear]]:
-    """Yield the protected factors of an adapter, with their names in the model."""
+def protected_factors(model: nn.Module, adapter_name: str | None = None) -> Iterator[tuple[str, ProtectedLinear]]:
+    """Yield the protected factors of an adapter, or of all, with their names in the model."""
     for name, module in model.named_modules():
-        if isinstance(module, ProtectedLinear) and name.endswith(f".{adapter_name}"):
+        if isinstance(module, ProtectedLinear) and (adapter_name is None or name.endswith(f".{adapter_name}")):
             yield name, module
 
 
 def raw_weight(factor: nn.Module) -> torch.Tensor:
     """Return the parameter that holds a factor, which `weight` is not where directions are protected."""
-    weight = factor.parameter("weight") if isinstance(factor, ProtectedLinear) else factor.weight
+    weight = factor.raw_weight if isinstance(factor, ProtectedLinear) else factor.weight
     assert isinstance(weight, torch.Tensor)
     return weight
 

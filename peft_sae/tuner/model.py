@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -86,14 +87,19 @@ class SaeSubspaceModel(SubspaceInjection, LoraModel):
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
         for name, factor in protected_factors(model, adapter_name):
-            for part in ("weight", "bias"):
-                key = f"{name}.{part}"
-                # What is written must be what takes effect, for whoever loads it without knowing of the protection.
-                if key in tensors and (part == "weight" or factor.side == "write"):
+            # What is written must be what takes effect, for whoever loads it without knowing of the protection.
+            for key in (f"{name}.raw_weight", f"{name}.raw_bias"):
+                if key in tensors and (key.endswith("weight") or factor.side == "write"):
                     tensors[key] = factor.effective(tensors[key])
         factors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".bias")}
         save_and_load._validate_lora_adapter_state_dict(factors, adapter_name=adapter_name)
         return tensors
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Translate a model's key into the adapter's file; protected factors have LoRA's names there."""
+        name: str = super()._remove_adapter_name_from_key(key, adapter_name)
+        return re.sub(r"\.raw_(weight|bias)$", r".\1", name)
 
     @classmethod
     def _convert_state_dict_for_initial_model(

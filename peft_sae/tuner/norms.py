@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from peft.utils.integrations import gather_params_ctx
 from torch import nn
 
 from ..errors import ConfigError, MismatchError
@@ -36,12 +37,14 @@ class NormGains:
                     f"The Subspace expects a norm at {name!r}, and the model has none: it is of another architecture. "
                     "Use a Subspace of this model, or norm_gain=False."
                 ) from error
-            if any(parameter.shape != (width,) for parameter in norm.parameters()):
-                raise MismatchError(
-                    f"The Subspace names {name!r} ({type(norm).__name__}) as a norm of width {width}, which it is "
-                    "not. Use a Subspace of this model, or norm_gain=False."
-                )
-            gain = measure_norm(norm, width)
+            # DeepSpeed's ZeRO-3 leaves weights of size 0 in the module and gathers them on request.
+            with gather_params_ctx(list(norm.parameters()), modifier_rank=None):
+                if any(parameter.shape != (width,) for parameter in norm.parameters()):
+                    raise MismatchError(
+                        f"The Subspace names {name!r} ({type(norm).__name__}) as a norm of width {width}, which it is "
+                        "not. Use a Subspace of this model, or norm_gain=False."
+                    )
+                gain = measure_norm(norm, width)
             if gain is None:
                 raise ConfigError(
                     f"The norm {name!r} is on the meta device while modules behind it are not, so its gain cannot be "

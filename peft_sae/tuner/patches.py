@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from ..errors import ConfigError
 from .config import BESIDE, SUBSPACE_FOLDER, SaeSubspaceConfig
-from .factors import protected_factors
+from .factors import protected_factors, protecting_afterwards
 from .model import SaeMixedModel, SaeSubspaceModel, without_basis
 from .registration import viewed_as_lora
 
@@ -118,7 +118,7 @@ def _load_in_transformers(original: Function) -> Function:
         if hotswap:
             _refuse_swap(self, kwargs.get("adapter_name") or "default")
         ours = [config for config in loaded.values() if isinstance(config, SaeSubspaceConfig)] if hotswap else []
-        with viewed_as_lora(*ours):
+        with viewed_as_lora(*ours), protecting_afterwards():
             report = original(self, *args, **kwargs)
         # Loading has put new parameters into the layers, which are trainable whatever the layers declare as frozen.
         for module in self.modules():
@@ -140,11 +140,22 @@ def _hotswap(original: Function) -> Function:
     return hotswap_adapter_from_state_dict
 
 
-def _refuse_swap(model: Any, adapter_name: str) -> None:
-    if any(protected_factors(model, adapter_name)):
+def _prepare_hotswap(original: Function) -> Function:
+    """Padding replaces the factors by larger ones, which would protect nothing."""
+
+    @functools.wraps(original)
+    def prepare_model_for_compiled_hotswap(model: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_swap(model, None)
+        return original(model, *args, **kwargs)
+
+    return prepare_model_for_compiled_hotswap
+
+
+def _refuse_swap(model: Any, adapter_name: str | None) -> None:
+    for name, _ in protected_factors(model, adapter_name):
         raise ConfigError(
-            f"The adapter {adapter_name!r} is being trained with protected features, and what is swapped in would not "
-            "be protected alike. Load it with is_trainable=False (inference_mode=True), and swap then."
+            f"{name!r} is being trained with protected features, and what is swapped in would not be protected alike. "
+            "Load the adapter with is_trainable=False (inference_mode=True), and swap then."
         )
 
 
@@ -199,6 +210,12 @@ PATCHES = (
         "hotswap_adapter_from_state_dict",
         "old_val.data.copy_(new_val.data)",
         _hotswap,
+    ),
+    Patch(
+        "peft.utils.hotswap",
+        "prepare_model_for_compiled_hotswap",
+        "padding_found_adapter = _pad_lora_weights(model, target_rank=target_rank)",
+        _prepare_hotswap,
     ),
     Patch(
         "peft.config",

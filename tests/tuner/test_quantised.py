@@ -8,13 +8,14 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 from peft_sae import SaeSubspaceConfig
+from peft_sae.tuner.factors import protected_factors
 from tests.tiny import make_model, make_subspace
 
 IDS = torch.randint(4, 16, (2, 9), generator=torch.Generator().manual_seed(0))
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 # In bitsandbytes and HQQ blocks of 64 weights share a scale. Other widths work, but a block then spans rows.
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
-KINDS = ("lora", "free", "frozen")
+KINDS = ("lora", "free", "frozen", "protected")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
@@ -112,14 +113,8 @@ LOADERS = {
 
 
 def methods(*left_out):
-    return pytest.mark.parametrize(
-        "method",
-        [
-            pytest.param(name, marks=pytest.mark.skipif(not find_spec(package), reason=f"{package} is not installed"))
-            for name, (package, _, _) in LOADERS.items()
-            if name not in left_out
-        ],
-    )
+    installed = [name for name, (package, _, _) in LOADERS.items() if find_spec(package)]
+    return pytest.mark.parametrize("method", [name for name in installed if name not in left_out])
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +134,9 @@ def adapt(model, kind) -> PeftModel:
     torch.manual_seed(0)
     if kind == "lora":
         return get_peft_model(model, LoraConfig(r=4, **fields))
-    config = SaeSubspaceConfig(subspace=make_subspace(model), r="auto", freeze_basis=kind == "frozen", **fields)
+    protected = {"blocks.0.hook_resid_post": 2} if kind == "protected" else None
+    subspace = make_subspace(model, protected=protected)
+    config = SaeSubspaceConfig(subspace=subspace, r="auto", freeze_basis=kind == "frozen", **fields)
     return get_peft_model(model, config)
 
 
@@ -158,6 +155,13 @@ def train(model, steps=2):
 
 def layers(model):
     return {name: module for name, module in model.get_base_model().named_modules() if hasattr(module, "lora_A")}
+
+
+def make_unseen(factor):
+    """The directions, found as what the product takes out of everything."""
+    width = factor.in_features if factor.side == "read" else factor.out_features
+    kept = factor.effective(torch.eye(width))
+    return torch.linalg.svd(torch.eye(width) - kept).Vh[: factor.count]
 
 
 def factors(model):
@@ -196,6 +200,10 @@ def test_training_saving_and_loading(folder, method, kind, tmp_path):
     for name, weight in factors(adapted).items():
         holds_basis = ("lora_A" in name) != any(writer in name for writer in ("o_proj", "down_proj"))
         assert torch.equal(weight, start[name]) is (kind == "frozen" and holds_basis), name
+    for _, factor in protected_factors(adapted):
+        unseen = make_unseen(factor)
+        assert (factor.weight @ unseen.T if factor.side == "read" else unseen @ factor.weight).abs().max() < 1e-6
+    assert len(list(protected_factors(adapted))) == (len(layers(adapted)) if kind == "protected" else 0)
     assert not torch.allclose(trained, before, atol=0.1)
     with adapted.disable_adapter():
         assert torch.equal(logits(adapted), before)
@@ -223,8 +231,7 @@ def test_merging_costs_what_quantising_costs(folder, method, kind):
 
 # PEFT 0.21 calls transformers 5.2x by an old name.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-@pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS if find_spec("bitsandbytes") else [])
 def test_qlora_as_it_is_usually_set_up(folder, kind):
     """A bfloat16 model in 4 bits, its norms cast up, with gradient checkpointing."""
     settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
