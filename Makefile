@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-lowest lint typecheck install clean
+.PHONY: demo test test-lowest parity lint typecheck install clean
 
 demo: install
 	$(BIN)/peft-sae demo --output outputs/demo
 
 test: install
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+# The table of what LoRA and SAE_SUBSPACE can do.
+parity: install
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/parity --parity-table docs/parity.md
 
 # The lower bounds that pyproject.toml claims, in an environment of their own.
 test-lowest:

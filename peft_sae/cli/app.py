@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..errors import PeftSaeError
+from ..errors import ConfigError, PeftSaeError
 
 app = typer.Typer(
     name="peft-sae",
@@ -75,6 +75,14 @@ def select(
     tokens: Annotated[str, typer.Option(help="Tokens that count: all, prompt or response.")] = "all",
     batch_size: Annotated[int, typer.Option(help="Texts per forward pass.")] = 8,
     max_length: Annotated[int | None, typer.Option(help="Tokens per text; longer ones are cut.")] = None,
+    protect: Annotated[
+        list[str] | None, typer.Option(help="Feature that the update must not use, such as 12:4051; repeat.")
+    ] = None,
+    protect_contrast: Annotated[
+        tuple[str, str] | None,
+        typer.Option(help="Instead: two JSONL files that differ only in what the update is to ignore."),
+    ] = None,
+    protect_top_k: Annotated[int, typer.Option(help="Features per SAE that the contrast protects.")] = 16,
     dtype: Annotated[str | None, typer.Option(help="dtype to load the model in, for example bfloat16.")] = None,
     device: Annotated[str, typer.Option(help="Device for model and SAEs.")] = "cpu",
     statistics: Annotated[Path | None, typer.Option(help="Also write the statistics, to this folder.")] = None,
@@ -88,33 +96,45 @@ def select(
     from ..artifact import check_target
     from ..sae import load_saes
     from ..selection import select_features
-    from ..statistics import collect_statistics
+    from ..statistics import FeatureStatistics, collect_statistics
     from ..statistics.statistics import STATISTICS_FILES
     from ..subspace.artifact import SUBSPACE_FILES
     from ..subspace.build import subspace_from_selection
+    from ..subspace.protect import find_protected
     from ..training.job import load_model
     from .tables import print_features
 
+    if protect and protect_contrast:
+        raise ConfigError("--protect and --protect-contrast both say what is protected. Use one of the two.")
     check_target(output, owned=SUBSPACE_FILES)
     if statistics is not None:
         check_target(statistics, owned=STATISTICS_FILES)
     handles = load_saes(saes, ids=ids or None, layers=layers or None, device=device)
     base, tokenizer = load_model(model, dtype=dtype)
-    data = {"aligned": aligned, "unaligned": unaligned}
-    collected = collect_statistics(
-        base.to(device),
-        tokenizer,
-        data,
+    base.to(device)
+
+    def collect(first: str, second: str) -> FeatureStatistics:
+        return collect_statistics(
+            base,
+            tokenizer,
+            {"aligned": first, "unaligned": second},
+            handles,
+            tokens=tokens,  # type: ignore[arg-type]  # checked there, with a better message than Typer's
+            batch_size=batch_size,
+            max_length=max_length,
+            progress=not quiet,
+        )
+
+    guarded = find_protected(
+        protect_contrast or protect,
         handles,
-        tokens=tokens,  # type: ignore[arg-type]  # checked there, with a better message than Typer's
-        batch_size=batch_size,
-        max_length=max_length,
-        progress=not quiet,
+        lambda first, second: select_features(collect(str(first), str(second)), top_k=protect_top_k),
     )
+    collected = collect(aligned, unaligned)
     if statistics is not None:
         collected.save_pretrained(statistics)
     selection = select_features(collected, selector=selector, top_k=top_k)
-    subspace = subspace_from_selection(base, tokenizer, selection, handles, variance=variance)
+    subspace = subspace_from_selection(base, tokenizer, selection, handles, variance=variance, protect=guarded)
     subspace.save_pretrained(output)
     print_features(subspace)
     Console().print(f"Subspace written to {output}", markup=False)

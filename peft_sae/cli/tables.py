@@ -33,6 +33,13 @@ def print_features(subspace: Subspace, *, per_site: int = 8, console: Console | 
                 Text(" ".join(_visible(token.strip()) for token in site.tokens[place][:6])),
             )
         console.print(table)
+    for guarded in subspace.protected:
+        table = Table(title=Text(f"{guarded.sae.hook_name}: protected, never read or written"), title_justify="left")
+        table.add_column("feature", justify="right")
+        table.add_column("promotes")
+        for feature, tokens in list(zip(guarded.features.tolist(), guarded.tokens, strict=True))[:per_site]:
+            table.add_row(str(feature), Text(" ".join(_visible(token.strip()) for token in tokens[:6])))
+        console.print(table)
 
 
 def _visible(token: str) -> str:

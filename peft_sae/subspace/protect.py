@@ -32,6 +32,8 @@ def find_protected(
     """Names are checked before the long work; a pair of sets is worked on."""
     if protect is None:
         return ()
+    if isinstance(protect, str):
+        raise ConfigError(f"protect={protect!r} is one text. Give a list of names, or a pair of sets of text.")
     if isinstance(protect, tuple) and len(protect) == 2 and not all(_is_name(part) for part in protect):
         return contrast(*protect)
     names = [str(name) for name in protect]

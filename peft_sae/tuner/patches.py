@@ -233,10 +233,15 @@ PATCHES = (
 
 
 def apply_patches() -> list[Patch]:
-    """Apply the patches that are not applied yet, and return those whose line is not there any more."""
+    """Apply the patches, and return those whose line is not there any more, after telling so."""
     missing = [patch for patch in PATCHES if not _apply(patch)]
     for patch in missing:
-        logger.debug("%s.%s has no line %r; it is left as it is.", patch.module, patch.name, patch.line)
+        logger.warning(
+            "%s.%s has changed (no line %r), so what peft_sae adds there is missing. Upgrade peft_sae.",
+            patch.module,
+            patch.name,
+            patch.line,
+        )
     _enter_tables()
     return missing
 

@@ -220,6 +220,7 @@ class Planner:
                 f"{'' if avoided is None else ' and that are not protected'}, so no basis has so many directions. Use "
                 f"r='auto' or r <= {width}."
             )
+        self._check_bias(name, role.side)
         missing = max(0, rank - found)
         if missing:
             self._check_fill(name, rank, found)
@@ -234,6 +235,13 @@ class Planner:
             dropped=max(0, found - rank),
             rows=None if rows is None else rows[:rank].float(),
         )
+
+    def _check_bias(self, name: str, side: str) -> None:
+        if self._config.freeze_basis and self._config.lora_bias and side == "write":
+            raise ConfigError(
+                f"lora_bias=True adds a trained bias to what {name!r} writes, outside the span of the basis that "
+                "freeze_basis=True is to keep to. Use one of the two."
+            )
 
     def _check_fill(self, name: str, rank: int, found: int) -> None:
         if self._config.fill == "zeros" or (self._config.fill == "orthogonal" and not self._config.freeze_basis):

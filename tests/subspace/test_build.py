@@ -127,3 +127,65 @@ def test_feature_without_a_direction_is_an_error(llama, tokenizer):
     sae.W_dec.data.zero_()
     with pytest.raises(SelectionError, match="length zero"):
         _build(llama, tokenizer, load_saes(sae))
+
+
+def test_features_are_protected_by_name(llama, tokenizer, saes, subspace):
+    built = _build(llama, tokenizer, saes, protect=["0:7", "blocks.2.hook_resid_pre:3", "0:9", "0:7"])
+    assert built.protected_features["name"].tolist() == [
+        "blocks.0.hook_resid_post:7",
+        "blocks.0.hook_resid_post:9",
+        "blocks.2.hook_resid_pre:3",
+    ]
+    rows = saes[0].sae.W_dec.detach()[[7, 9]]
+    torch.testing.assert_close(built.protected[0].directions, rows / rows.norm(dim=1, keepdim=True))
+    assert all(len(tokens) == 8 for tokens in built.protected[0].tokens)
+
+
+def test_a_feature_on_both_lists_is_protected_and_told(llama, tokenizer, saes, subspace, caplog):
+    best = int(subspace.sites[0].features[0])
+    built = _build(llama, tokenizer, saes, protect=[f"0:{best}"])
+    assert f"Features [{best}] at blocks.0.hook_resid_post are chosen and protected" in caplog.text
+    assert best not in built.sites[0].features.tolist()
+    assert len(built.sites[0].features) == 5
+    with pytest.raises(SelectionError, match=r"All features chosen at .* are protected"):
+        _build(llama, tokenizer, saes, top_k=1, protect=[f"0:{best}"])
+
+
+def test_features_are_protected_by_a_contrast_of_texts(llama, tokenizer, saes):
+    """What differs most between the two sets is protected: the same as the selector finds in them."""
+    first, second = ["red red red", "red sun"], ["blue blue blue", "blue sun"]
+    built = _build(llama, tokenizer, saes, protect=(first, second), protect_top_k=3)
+    statistics = collect_statistics(llama, tokenizer, {"aligned": first, "unaligned": second}, saes, progress=False)
+    for site, chosen in zip(built.protected, select_features(statistics, top_k=3).sites, strict=True):
+        assert torch.equal(site.features, chosen.features)
+
+
+def test_protection_alone_makes_a_subspace(llama, tokenizer, saes, tmp_path):
+    built = subspace_from_selection(llama, tokenizer, None, saes, protect=["2:5"])
+    assert not built.sites
+    assert built.model["model_type"] == "llama"
+    built.save_pretrained(tmp_path)
+    assert type(built).from_pretrained(tmp_path).digest == built.digest
+    with pytest.raises(ConfigError, match="would be empty"):
+        subspace_from_selection(llama, tokenizer, None, saes)
+
+
+@pytest.mark.parametrize(
+    ("protect", "error", "message"),
+    [
+        (["0:64"], SelectionError, r"feature 64, and the SAE at blocks.0.hook_resid_post has 64 \(ids 0 to 63\)"),
+        (["1:3"], SelectionError, r"an SAE at '1', and there are SAEs at \['blocks.0"),
+        (["blocks.0.hook_resid_pst:3"], SelectionError, "Did you mean 'blocks.0.hook_resid_post'"),
+        (["refusal"], SelectionError, "'refusal' names no feature"),
+        ("0:3", ConfigError, "is one text"),
+    ],
+)
+def test_protecting_what_is_not_there_is_refused_before_the_long_work(llama, tokenizer, saes, protect, error, message):
+    with pytest.raises(error, match=message):
+        _build(llama, tokenizer, saes, aligned="no-such-file.jsonl", protect=protect)
+
+
+def test_a_block_with_two_saes_needs_the_hook_point(llama, tokenizer):
+    saes = load_saes([make_sae("blocks.1.hook_resid_post"), make_sae("blocks.1.hook_resid_pre", seed=1)])
+    with pytest.raises(SelectionError, match="could mean any of the SAEs"):
+        _build(llama, tokenizer, saes, protect=["1:3"])

@@ -90,7 +90,7 @@ def test_a_frozen_reader_sees_the_basis_and_nothing_orthogonal_to_it(family, pat
     )  # site, norm and module belong together
 
     rows = layer.lora_A["default"].weight.detach()
-    x = stream[0][end].flatten(0, 1)
+    x = stream[0][end].reshape(-1, WIDTH)
     step = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     gain, centres = (torch.ones(WIDTH), False) if role.norm is None else linear_part(norm)
     constraints = rows * gain
@@ -123,7 +123,7 @@ def test_a_frozen_writer_moves_the_stream_only_inside_the_features_span(family, 
     def stream():
         with torch.no_grad(), recorded(place) as calls:
             model(IDS)
-        return calls[0][end].flatten(0, 1)
+        return calls[0][end].reshape(-1, WIDTH)
 
     on = stream()
     with adapted.disable_adapter():
@@ -134,7 +134,7 @@ def test_a_frozen_writer_moves_the_stream_only_inside_the_features_span(family, 
         norm = model.get_submodule(f"{subspace.layout.blocks}.2.{role.norm}")
         with adapted.disable_adapter(), torch.no_grad(), recorded(norm) as calls:
             model(IDS)
-        own = (calls[0][1] - norm(torch.zeros(1, WIDTH))).detach().flatten(0, 1)[:, None]
+        own = (calls[0][1] - norm(torch.zeros(1, WIDTH))).detach().reshape(-1, 1, WIDTH)
         gain, centres = linear_part(norm)
         spans = torch.cat([spans, own, *([gain.expand(len(change), 1, -1)] if centres else [])], dim=1)
     frames = torch.linalg.qr(spans.transpose(1, 2))[0]

@@ -1,0 +1,97 @@
+"""What is changed in PEFT and transformers: only where the line stands that it answers, and only for our type."""
+
+import pytest
+from peft import LoHaConfig, LoraConfig, PeftConfig, PeftType, get_peft_model
+from peft.tuners.lora import intruders
+from peft.utils import hotswap
+
+from peft_sae import SaeSubspaceConfig
+from peft_sae.tuner import patches
+from peft_sae.tuner.patches import PATCHES, Patch, apply_patches
+from peft_sae.tuner.registration import viewed_as_lora
+from tests.tiny import make_model, make_subspace
+
+
+def test_every_line_stands_in_the_installed_versions():
+    assert apply_patches() == []
+
+
+def test_applying_again_wraps_the_function_and_not_the_wrapper():
+    first = intruders.reduce_intruder_dimension
+    original = first.__peft_sae_original__
+    apply_patches()
+    again = intruders.reduce_intruder_dimension
+    assert again is not first
+    assert again.__peft_sae_original__ is original
+    assert not hasattr(original, "__peft_sae_original__")
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "line"),
+    [
+        ("peft.utils.hotswap", "hotswap_adapter", "a line that PEFT does not have"),
+        ("peft.utils.hotswap", "no_such_function", "def"),
+        ("peft.peft_model", "PeftModel.no_such_method", "def"),
+        ("peft.peft_model", "NoSuchClass.method", "def"),
+    ],
+)
+def test_a_version_without_the_line_is_left_alone(module, name, line):
+    before = hotswap.hotswap_adapter
+    assert not patches._apply(Patch(module, name, line, lambda original: None))
+    assert hotswap.hotswap_adapter is before
+
+
+def test_a_line_that_has_gone_is_told(monkeypatch, caplog):
+    gone = Patch("peft.peft_model", "PeftModel.add_adapter", "no such line", lambda original: None)
+    monkeypatch.setattr(patches, "PATCHES", (gone,))
+    with caplog.at_level("WARNING"):
+        assert apply_patches() == [gone]
+    assert "PeftModel.add_adapter" in caplog.text
+
+
+def test_each_patch_names_what_it_is_for():
+    assert len({(patch.module, patch.name) for patch in PATCHES}) == len(PATCHES)
+    assert all(patch.line and callable(patch.wrap) for patch in PATCHES)
+
+
+def test_the_view_as_lora_ends_with_the_call():
+    ours, other = SaeSubspaceConfig(subspace=make_subspace(make_model())), LoHaConfig()
+    seen = []
+
+    @viewed_as_lora(ours, other)
+    def fail():
+        seen.extend([ours.peft_type, other.peft_type])
+        raise RuntimeError("within")
+
+    with pytest.raises(RuntimeError, match="within"):
+        fail()
+    assert seen == [PeftType.LORA, PeftType.LOHA]
+    assert ours.peft_type == PeftType.SAE_SUBSPACE
+
+
+def test_other_types_still_do_not_mix():
+    model = make_model()
+    adapted = get_peft_model(model, SaeSubspaceConfig(subspace=make_subspace(model), r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        adapted.add_adapter("loha", LoHaConfig(target_modules=["q_proj"]))
+    plain = get_peft_model(make_model(), LoHaConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        plain.add_adapter("ours", SaeSubspaceConfig(subspace=make_subspace(make_model()), target_modules=["q_proj"]))
+
+
+def test_a_failed_addition_leaves_the_lora_model_as_it_was():
+    adapted = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["q_proj"]))
+    kind = type(adapted.base_model)
+    config = SaeSubspaceConfig(subspace=make_subspace(make_model()), r=99, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="r=99 exceeds"):
+        adapted.add_adapter("ours", config)
+    assert type(adapted.base_model) is kind
+    assert adapted.peft_type == PeftType.LORA
+    assert set(adapted.peft_config) == {"default"}
+
+
+def test_configurations_of_other_types_are_read_as_before(tmp_path):
+    LoraConfig(r=3).save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(str(tmp_path))
+    assert type(config) is LoraConfig
+    assert config.r == 3
