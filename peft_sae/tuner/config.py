@@ -66,8 +66,9 @@ class SaeSubspaceConfig(LoraConfig):
             where it is not known from the architecture or is to be another one.
         protect: which of the Subspace's features the update can neither read nor write, whatever is trained: True for
             all that the Subspace protects, names such as `"blocks.12.hook_resid_post:4051"` or `"12:4051"` for some of
-            its features, chosen or protected, False for none. It holds for every module of the adapter. What is
-            trained beside the low-rank update (`modules_to_save`, `trainable_token_indices`) it does not bind.
+            its features, chosen or protected, False for none. It holds for every module of the adapter, behind its
+            norm whatever `norm_gain` says. What is trained beside the low-rank update (`modules_to_save`,
+            `trainable_token_indices`) it does not bind.
         basis_record: written at injection: the Subspace's digest, its model, and each module's side, hook point and
             number of directions from the basis, filled up, dropped, and protected. Not meant to be set by hand.
 

@@ -27,6 +27,7 @@ class Protection:
 
     def __init__(self, config: SaeSubspaceConfig, subspace: Subspace, norms: NormGains) -> None:
         self._norms = norms
+        self._trained = tuple(config.modules_to_save or ())
         self._directions = _choose(config, subspace)
         self._rows: dict[tuple[str, str | None, int | None], torch.Tensor] = {}
         if self._directions:
@@ -87,6 +88,12 @@ class Protection:
                 f"{name!r} is on the meta device, where protected features cannot be found behind the norms. Load the "
                 "model's weights first, or set protect=False to count parameters only."
             )
+        for trained in self._trained:
+            if norm is not None and (norm == trained or norm.endswith(f".{trained}")):
+                raise ConfigError(
+                    f"modules_to_save trains the norm {norm!r}, behind which the protected directions were found, so "
+                    "they would move away. Take it out, or set protect=False."
+                )
         width = directions.shape[1]
         rows = orthonormal_rows(unseen_through_norm(directions, self._norms.get(norm, width), side))
         if rows.shape[0] >= width:

@@ -400,6 +400,7 @@ BAD = [
     ({"protect": ["7:1"]}, SelectionError, "an SAE at '7', and there are SAEs at"),
     ({"protect": ["nonsense"]}, SelectionError, "'nonsense' names no feature"),
     ({"protected": {"blocks.0.hook_resid_post": 32}}, ConfigError, "fill all 32 dimensions"),
+    ({"modules_to_save": ["input_layernorm"]}, ConfigError, "modules_to_save trains the norm .*input_layernorm"),
     ({"use_dora": True}, ConfigError, "use_dora and protected features.*magnitude rescales"),
     ({"bias": "lora_only"}, ConfigError, "trains biases of the base model"),
     ({"target_modules": ["embed_tokens"]}, ConfigError, r"'model.embed_tokens' \(Embedding\) reads and writes"),
