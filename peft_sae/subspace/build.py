@@ -11,6 +11,7 @@ from ..sae.placement import check_placement, find_layout
 from ..selection.select import SelectedFeatures, Selection, select_features
 from ..statistics.collect import collect_statistics, model_description
 from ..statistics.data import Data, TokenChoice
+from ..statistics.statistics import FeatureStatistics
 from .artifact import Subspace
 from .protect import Protect, find_protected, protected_ids, protected_site, without_protected
 from .protected import ProtectedSite
@@ -65,34 +66,23 @@ def build_subspace(
         DataError, MismatchError, SelectionError, ConfigError: as the single stages do.
     """
     _check_variance(variance)
+
+    def collect(first: Data, second: Data) -> FeatureStatistics:
+        return collect_statistics(
+            model,
+            tokenizer,
+            {"aligned": first, "unaligned": second},
+            saes,
+            tokens=tokens,
+            batch_size=batch_size,
+            max_length=max_length,
+            progress=progress,
+        )
+
     guarded = find_protected(
-        protect,
-        saes,
-        lambda first, second: select_features(
-            collect_statistics(
-                model,
-                tokenizer,
-                {"aligned": first, "unaligned": second},
-                saes,
-                tokens=tokens,
-                batch_size=batch_size,
-                max_length=max_length,
-                progress=progress,
-            ),
-            top_k=protect_top_k,
-        ),
+        protect, saes, lambda first, second: select_features(collect(first, second), top_k=protect_top_k)
     )
-    statistics = collect_statistics(
-        model,
-        tokenizer,
-        {"aligned": aligned, "unaligned": unaligned},
-        saes,
-        tokens=tokens,
-        batch_size=batch_size,
-        max_length=max_length,
-        progress=progress,
-    )
-    selection = select_features(statistics, selector=selector, top_k=top_k)
+    selection = select_features(collect(aligned, unaligned), selector=selector, top_k=top_k)
     return subspace_from_selection(model, tokenizer, selection, saes, variance=variance, protect=guarded)
 
 
