@@ -3,17 +3,18 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+QUANTISED := $(VENV)/.quantised
 
 .PHONY: demo test test-lowest parity lint typecheck install clean
 
 demo: install
 	$(BIN)/peft-sae demo --output outputs/demo
 
-test: install
+test: install $(QUANTISED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 # The table of what LoRA and SAE_SUBSPACE can do.
-parity: install
+parity: install $(QUANTISED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/parity --parity-table docs/parity.md
 
 # The lower bounds that pyproject.toml claims, in an environment of their own.
@@ -38,6 +39,11 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,trl]'
 	touch $(STAMP)
+
+# Packages that only tests need, and that have much to say wherever PEFT finds them.
+$(QUANTISED): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,trl,quantised]'
+	touch $(QUANTISED)
 
 clean:
 	rm -rf $(VENV) $(VENV)-lowest outputs
