@@ -55,7 +55,8 @@ class SaeSubspaceConfig(LoraConfig):
             a `MissingSubspaceWarning`.
         freeze_basis: train only the factor that does not hold the basis. What a writing module adds to the stream then
             stays in the span of the chosen features for good, and what a reading module reads stays in the span of what
-            these features look like behind its norm.
+            these features look like behind its norm. A norm behind a writing module (Gemma-2) in addition rescales, as
+            a whole, what it is given.
         norm_gain: carry the basis through the norm between the residual stream and the module.
         layer_map: `"nearest"` gives every module the nearest site along the residual stream; `"exact"` adapts
             only modules that touch a site within their block. What block 4 leaves in `resid_post` is touched by block
@@ -67,8 +68,10 @@ class SaeSubspaceConfig(LoraConfig):
         protect: which of the Subspace's features the update can neither read nor write, whatever is trained: True for
             all that the Subspace protects, names such as `"blocks.12.hook_resid_post:4051"` or `"12:4051"` for some of
             its features, chosen or protected, False for none. It holds for every module of the adapter, behind its
-            norm whatever `norm_gain` says. What is trained beside the low-rank update (`modules_to_save`,
-            `trainable_token_indices`) it does not bind.
+            norm whatever `norm_gain` says, and up to the norm's common rescaling: one behind a writing module (Gemma-2)
+            rescales what the base model writes along a protected direction with all the rest. What is trained beside
+            the low-rank update (`modules_to_save`, `trainable_token_indices`) it does not bind, and the norms must
+            stay as they are.
         basis_record: written at injection: the Subspace's digest, its model, and each module's side, hook point and
             number of directions from the basis, filled up, dropped, and protected. Not meant to be set by hand.
 
@@ -154,6 +157,11 @@ class SaeSubspaceConfig(LoraConfig):
                 f"init_lora_weights={self.init_lora_weights!r} and subspace both want to initialise the adapter. Leave "
                 "init_lora_weights at True, or use peft_type 'LORA'."
             )
+        if self.freeze_basis and self.bias != "none":
+            raise ConfigError(
+                f"freeze_basis=True and bias={self.bias!r} contradict each other: a trained bias of a writing module "
+                "adds what is not in the span of the frozen basis. Use bias='none', or freeze_basis=False."
+            )
         if self.freeze_basis and self.use_dora:
             raise ConfigError(
                 "freeze_basis=True and use_dora=True contradict each other: DoRA's magnitude rescales what the base "
@@ -196,6 +204,31 @@ class SaeSubspaceConfig(LoraConfig):
         """Return whether injection has recorded protected directions."""
         modules = {} if self.basis_record is None else self.basis_record["modules"]
         return any(entry["protected_read"] or entry["protected_write"] for entry in modules.values())
+
+    def check_swap(self, other: SaeSubspaceConfig) -> None:
+        """Refuse another adapter's weights in place of this one's where they would not be kept alike.
+
+        Raises:
+            ConfigError: one has a frozen basis or protected features, and the other has not.
+        """
+        for what, own, new in (
+            ("freeze_basis", self.freeze_basis, other.freeze_basis),
+            ("protected features", self.protects_something(), other.protects_something()),
+        ):
+            if own != new:
+                raise ConfigError(
+                    f"The adapter in the model has {what}: {own}, and the one to be swapped in: {new}, so its factors "
+                    "would be trained, or frozen, against its own configuration. Load it under another name instead."
+                )
+
+    def adopt_basis(self, other: SaeSubspaceConfig | None) -> None:
+        """Take over what another configuration says of its basis; None for weights of unknown origin."""
+        if other is None:
+            self.subspace, self.basis_record = None, copy.deepcopy(NO_BASIS)
+        else:
+            for name in ("subspace", "norm_gain", "layer_map", "fill", "sides", "protect", "basis_record"):
+                setattr(self, name, copy.deepcopy(getattr(other, name)))
+        self.__dict__.pop("_used_subspace", None)
 
     def forget_automatic_ranks(self) -> None:
         """Put back `r="auto"` where an earlier injection replaced it and nobody has set `r` since."""

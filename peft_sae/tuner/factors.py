@@ -11,6 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from ..errors import ConfigError
 from ..layout import Side
 from .module_plan import ModulePlan
 
@@ -142,6 +143,19 @@ def protected_factors(model: nn.Module, adapter_name: str | None = None) -> Iter
     for name, module in model.named_modules():
         if isinstance(module, ProtectedLinear) and (adapter_name is None or name.endswith(f".{adapter_name}")):
             yield name, module
+
+
+def refuse_protected(model: nn.Module, adapter_name: str | None) -> None:
+    """Raise an error if an adapter, or any, is held in protected factors, which other weights must not replace.
+
+    Raises:
+        ConfigError: it is.
+    """
+    for name, _ in protected_factors(model, adapter_name):
+        raise ConfigError(
+            f"{name!r} is being trained with protected features, and what is swapped in would not be protected alike. "
+            "Load the adapter with is_trainable=False (inference_mode=True), and swap then."
+        )
 
 
 def raw_weight(factor: nn.Module) -> torch.Tensor:

@@ -86,12 +86,13 @@ class SaeSubspaceModel(SubspaceInjection, LoraModel):
         tensors: dict[str, torch.Tensor] = super()._get_adapter_state_dict(
             model, config, adapter_name, state_dict, unwanted_adapter_names
         )
+        _check_still_protected(model, config, adapter_name)
         for name, factor in protected_factors(model, adapter_name):
             # What is written must be what takes effect, for whoever loads it without knowing of the protection.
             for key in (f"{name}.raw_weight", f"{name}.raw_bias"):
                 if key in tensors and (key.endswith("weight") or factor.side == "write"):
                     tensors[key] = factor.effective(tensors[key])
-        factors = {name: tensor for name, tensor in tensors.items() if not name.endswith(".bias")}
+        factors = {name: tensor for name, tensor in tensors.items() if not name.endswith("bias")}
         save_and_load._validate_lora_adapter_state_dict(factors, adapter_name=adapter_name)
         return tensors
 
@@ -122,6 +123,22 @@ class SaeMixedModel(SubspaceInjection, MixedModel):
         """Inject as usual; the mixed model casts no dtypes afterwards, so the plans have done their work."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         getattr(self, "_plans", {}).pop(adapter_name, None)
+
+
+def _check_still_protected(model: nn.Module, config: Any, adapter_name: str) -> None:
+    """Refuse to save as protected what was unfrozen by hand after it had been loaded without its directions."""
+    if not isinstance(config, SaeSubspaceConfig) or not config.protects_something():
+        return
+    trained = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and "lora_" in name and f".{adapter_name}." in name
+    ]
+    if trained and not any(protected_factors(model, adapter_name)):
+        raise ConfigError(
+            f"{trained[0]!r} was made trainable although the adapter protects features and was loaded only to be run, "
+            "so it may use them now, and saved it would claim not to. Load it with is_trainable=True to train on."
+        )
 
 
 def without_basis(config: SaeSubspaceConfig) -> SaeSubspaceConfig:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -17,13 +18,13 @@ from typing import Any
 
 import peft
 from peft import LoraModel, PeftType
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import LoraLayer
 
 from ..errors import ConfigError
 from .config import BESIDE, SUBSPACE_FOLDER, SaeSubspaceConfig
-from .factors import protected_factors, protecting_afterwards
+from .factors import protected_factors, protecting_afterwards, refuse_protected
 from .model import SaeMixedModel, SaeSubspaceModel, without_basis
-from .registration import viewed_as_lora
+from .registration import missing_guards, viewed_as_lora
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +40,14 @@ class Patch:
         name: its name there, with its class if it has one.
         line: the line that is answered.
         wrap: takes the function and returns the one to put in its place.
+        guards: protected features could be used if it were missing.
     """
 
     module: str
     name: str
     line: str
     wrap: Callable[[Function], Function]
+    guards: bool = False
 
 
 def _as_lora(original: Function) -> Function:
@@ -115,26 +118,38 @@ def _load_in_transformers(original: Function) -> Function:
         hotswap = kwargs.get("hotswap", "auto")
         if hotswap == "auto":
             hotswap = getattr(self, "_hotswap_enabled", False)
-        if hotswap:
-            _refuse_swap(self, kwargs.get("adapter_name") or "default")
-        ours = [config for config in loaded.values() if isinstance(config, SaeSubspaceConfig)] if hotswap else []
-        with viewed_as_lora(*ours), protecting_afterwards():
+        if not hotswap:
+            with protecting_afterwards():
+                report = original(self, *args, **kwargs)
+            _freeze_again(self)
+            return report
+        name, folder = kwargs.get("adapter_name") or "default", args[0] if args else kwargs.get("peft_model_id")
+        ours = [config for config in loaded.values() if isinstance(config, SaeSubspaceConfig)]
+        with _swapping(self, name, folder), viewed_as_lora(*ours):
             report = original(self, *args, **kwargs)
-        # Loading has put new parameters into the layers, which are trainable whatever the layers declare as frozen.
-        for module in self.modules():
-            if isinstance(module, BaseTunerLayer):
-                module._freeze_non_trainable_peft_weights()
+        _freeze_again(self)
         return report
 
     return load_adapter
 
 
 def _hotswap(original: Function) -> Function:
+    """What is recorded of an adapter's basis is that of the weights which are swapped in."""
+
+    @functools.wraps(original)
+    def hotswap_adapter(model: Any, model_name_or_path: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        with _swapping(model, adapter_name, model_name_or_path, kwargs.get("subfolder")):
+            return original(model, model_name_or_path, adapter_name, *args, **kwargs)
+
+    return hotswap_adapter
+
+
+def _hotswap_state_dict(original: Function) -> Function:
     """Hot swapping writes through `weight`, which for a protected factor is not the parameter."""
 
     @functools.wraps(original)
     def hotswap_adapter_from_state_dict(model: Any, state_dict: Any, adapter_name: str, *args: Any, **kw: Any) -> Any:
-        _refuse_swap(model, adapter_name)
+        refuse_protected(model, adapter_name)
         return original(model, state_dict, adapter_name, *args, **kw)
 
     return hotswap_adapter_from_state_dict
@@ -145,18 +160,33 @@ def _prepare_hotswap(original: Function) -> Function:
 
     @functools.wraps(original)
     def prepare_model_for_compiled_hotswap(model: Any, *args: Any, **kwargs: Any) -> Any:
-        _refuse_swap(model, None)
+        refuse_protected(model, None)
         return original(model, *args, **kwargs)
 
     return prepare_model_for_compiled_hotswap
 
 
-def _refuse_swap(model: Any, adapter_name: str | None) -> None:
-    for name, _ in protected_factors(model, adapter_name):
-        raise ConfigError(
-            f"{name!r} is being trained with protected features, and what is swapped in would not be protected alike. "
-            "Load the adapter with is_trainable=False (inference_mode=True), and swap then."
-        )
+@contextmanager
+def _swapping(model: Any, adapter_name: str, folder: Any, subfolder: str | None = None) -> Iterator[None]:
+    """Refuse what would not be frozen or protected alike; afterwards the configuration is that of the new weights."""
+    refuse_protected(model, adapter_name)
+    config = model.peft_config.get(adapter_name)
+    if not isinstance(config, SaeSubspaceConfig):
+        yield
+        return
+    other = peft.PeftConfig.from_pretrained(folder, subfolder=subfolder) if folder is not None else None
+    if isinstance(other, SaeSubspaceConfig):
+        config.check_swap(other)
+    yield
+    config.adopt_basis(other if isinstance(other, SaeSubspaceConfig) else None)
+
+
+def _freeze_again(model: Any) -> None:
+    """Loading puts new parameters into the layers, which are trainable whatever the layers declare as frozen."""
+    ours = [name for name, config in getattr(model, "peft_config", {}).items() if isinstance(config, SaeSubspaceConfig)]
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module._freeze_non_trainable_peft_weights(ours)
 
 
 def _find_subspace_beside(original: Function) -> Function:
@@ -203,12 +233,20 @@ PATCHES = (
         "reduce_intruder_dimension",
         'if peft_model.peft_type != "LORA":',
         _reduce_intruders,
+        guards=True,
     ),
     Patch("peft.peft_model", "PeftModel._get_peft_specific_model_tags", 'if peft_method == "LORA":', _tag_model_card),
     Patch(
         "peft.utils.hotswap",
         "hotswap_adapter_from_state_dict",
         "old_val.data.copy_(new_val.data)",
+        _hotswap_state_dict,
+        guards=True,
+    ),
+    Patch(
+        "peft.utils.hotswap",
+        "hotswap_adapter",
+        "check_hotswap_configs_compatible(model.active_peft_config, config)",
         _hotswap,
     ),
     Patch(
@@ -216,6 +254,7 @@ PATCHES = (
         "prepare_model_for_compiled_hotswap",
         "padding_found_adapter = _pad_lora_weights(model, target_rank=target_rank)",
         _prepare_hotswap,
+        guards=True,
     ),
     Patch(
         "peft.config",
@@ -228,6 +267,7 @@ PATCHES = (
         "PeftAdapterMixin.load_adapter",
         "if any(conf.peft_type != PeftType.LORA for conf in self.peft_config.values()):",
         _load_in_transformers,
+        guards=True,
     ),
 )
 
@@ -242,6 +282,7 @@ def apply_patches() -> list[Patch]:
             patch.name,
             patch.line,
         )
+    missing_guards[:] = [f"{patch.module}.{patch.name}" for patch in missing if patch.guards]
     _enter_tables()
     return missing
 

@@ -150,7 +150,7 @@ class Planner:
         if found is None:
             return Place(depth, (), None)
         path, block, rest = found
-        return Place(block, self._layout.roles.get(rest, ()), f"{path}." if path else "")
+        return Place(block, self._layout.roles.get(rest, ()), f"{path}." if path else "", rest)
 
     def _find_site(self, name: str, module: nn.Module, place: Place) -> tuple[ModuleRole | None, SubspaceSite | None]:
         """The module's role, None for plain LoRA, and its site, None if it is to be left alone."""

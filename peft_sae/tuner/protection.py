@@ -9,13 +9,14 @@ from peft import LoraConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError, MismatchError
+from ..errors import ConfigError, MismatchError, UnsupportedPeftError
 from ..layout import ModuleRole, Side, Site
 from ..subspace import Subspace, SubspaceSite
 from ..subspace.protected import ProtectedSite, parse_feature_name
 from .basis import orthonormal_rows, unseen_through_norm
 from .config import SaeSubspaceConfig
 from .norms import NormGains
+from .registration import missing_guards
 from .sites import Place
 
 # Variants of LoRA whose update is not that of its two factors alone.
@@ -29,9 +30,14 @@ class Protection:
         self._norms = norms
         self._trained = tuple(config.modules_to_save or ())
         self._directions = _choose(config, subspace)
+        # The part of a block that the heads belong to, such as self_attn.
+        self._attention = {
+            path.split(".")[0] for path, roles in subspace.layout.roles.items() if any(r.site == "z" for r in roles)
+        }
         self._rows: dict[tuple[str, str | None, int | None], torch.Tensor] = {}
         if self._directions:
             _check_config(config)
+            _check_guards()
 
     def of_module(self, name: str, module: nn.Module, place: Place) -> dict[str, Any]:
         """Return the fields of the module's plan that say what it must not read and write.
@@ -55,6 +61,13 @@ class Protection:
             raise ConfigError(
                 f"It is not known what the target {name!r} ({type(module).__name__}) reads and writes, so it cannot be "
                 "kept from using protected features. Exclude it with exclude_modules, or set protect=False."
+            )
+        heads = any(site.sae.site == Site(place.block, "z") for site, _ in self._directions)
+        if heads and place.path.split(".")[0] in self._attention and not any(r.site == "z" for r in place.roles):
+            raise ConfigError(
+                f"What {name!r} computes becomes the heads' output, where features are protected in its block, and "
+                "heads mix what they are given, so it cannot be kept from writing them. Exclude it with "
+                "exclude_modules, or protect features of the residual stream instead."
             )
         fields: dict[str, Any] = {}
         for role in place.roles:
@@ -89,7 +102,7 @@ class Protection:
                 "model's weights first, or set protect=False to count parameters only."
             )
         for trained in self._trained:
-            if norm is not None and (norm == trained or norm.endswith(f".{trained}")):
+            if norm is not None and f".{trained}." in f".{norm}.":
                 raise ConfigError(
                     f"modules_to_save trains the norm {norm!r}, behind which the protected directions were found, so "
                     "they would move away. Take it out, or set protect=False."
@@ -128,6 +141,14 @@ def _choose(config: SaeSubspaceConfig, subspace: Subspace) -> list[tuple[Subspac
             )
         chosen.setdefault(sae.digest, {})[feature] = known[sae.digest, feature]
     return [(places[digest], torch.stack(list(found.values()))) for digest, found in chosen.items()]
+
+
+def _check_guards() -> None:
+    if missing_guards:
+        raise UnsupportedPeftError(
+            f"The installed versions have changed {missing_guards}, which could go around the protection unnoticed. "
+            "Upgrade peft_sae, install an older peft or transformers, or set protect=False."
+        )
 
 
 def _check_config(config: LoraConfig) -> None:

@@ -11,11 +11,15 @@ from packaging.version import Version
 from peft import PeftType
 from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import hotswap
 
 from ..errors import UnsupportedPeftError
 
 MINIMUM_PEFT = "0.21.0"
 NAME = "SAE_SUBSPACE"
+
+# Functions of PEFT that could not be kept from going around a protection, because this version has changed them.
+missing_guards: list[str] = []
 
 
 def check_peft() -> None:
@@ -39,6 +43,16 @@ def check_peft() -> None:
         "LoraModel._prepare_adapter_config": hasattr(peft.LoraModel, "_prepare_adapter_config"),
         "LoraModel._check_target_module_exists": hasattr(peft.LoraModel, "_check_target_module_exists"),
         "LoraModel.add_weighted_adapter": hasattr(peft.LoraModel, "add_weighted_adapter"),
+        "LoraModel._get_adapter_state_dict": hasattr(peft.LoraModel, "_get_adapter_state_dict"),
+        "LoraModel._remove_adapter_name_from_key": hasattr(peft.LoraModel, "_remove_adapter_name_from_key"),
+        "LoraModel._convert_state_dict_for_initial_model": hasattr(
+            peft.LoraModel, "_convert_state_dict_for_initial_model"
+        ),
+        "save_and_load._validate_lora_adapter_state_dict": hasattr(
+            peft.utils.save_and_load, "_validate_lora_adapter_state_dict"
+        ),
+        "integrations.gather_params_ctx": hasattr(peft.utils.integrations, "gather_params_ctx"),
+        "hotswap.CONFIG_KEYS_TO_CHECK": hasattr(hotswap, "CONFIG_KEYS_TO_CHECK"),
         "BaseTunerLayer._freeze_non_trainable_peft_weights": hasattr(
             BaseTunerLayer, "_freeze_non_trainable_peft_weights"
         ),

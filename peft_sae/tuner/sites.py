@@ -17,11 +17,13 @@ class Place:
         block: index of its block; one beyond the last for the head.
         roles: its roles there; empty if they are unknown.
         prefix: what precedes the paths of the block's parts in the model; None if it is in no block.
+        path: its path within the block.
     """
 
     block: int
     roles: tuple[ModuleRole, ...]
     prefix: str | None
+    path: str = ""
 
     def norm(self, role: ModuleRole) -> str | None:
         """Path in the model of the norm between the module and the site of a role."""

@@ -177,6 +177,10 @@ def test_hotswap(job, tmp_path):
     assert_close(logits(model), outputs["first"])
     hotswap_adapter(model, str(tmp_path / "second"), adapter_name="default", torch_device="cpu")
     assert_close(logits(model), outputs["second"])
+    if job.kind != "LORA":
+        config = model.peft_config["default"]
+        assert config.subspace == str(tmp_path / "second" / "subspace")
+        assert config.basis_record["modules"]
 
 
 @ability("Hot swapping ranks in a compiled model (`prepare_model_for_compiled_hotswap`)")

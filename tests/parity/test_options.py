@@ -54,7 +54,7 @@ def test_dropout(job):
     assert_differs(logits(adapted), logits(adapted))
 
 
-@ability('`bias="lora_only"`')
+@ability('`bias="lora_only"`', frozen="a trained bias on a writing module leaves the basis", match="bias='lora_only'")
 def test_trained_bias(job, tmp_path):
     adapted = job.adapt(make_model("qwen2"), bias="lora_only", target_modules=["q_proj"])
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad and name.endswith("base_layer.bias")}

@@ -1,8 +1,11 @@
 """What can be a target."""
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig
 
@@ -170,3 +173,29 @@ def test_mamba_guard(job):
 def test_the_subspace_of_the_harness_reaches_readers_and_writers():
     sides = {role[0].side for role in make_subspace(make_model()).layout.roles.values()}
     assert sides == {"read", "write"}
+
+
+# PEFT enters the fused parameter's rank into the pattern, and does not find it among the modules.
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match:RuntimeWarning")
+@ability("Loading experts that were trained before transformers 5")
+def test_experts_of_an_old_checkpoint(job, tmp_path):
+    """The same file under either type: its tensors for single experts become those of the fused parameters."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"w1": (32, 48), "w2": (48, 32), "w3": (32, 48)}
+    tensors = {}
+    for layer in range(3):
+        for expert in range(4):
+            for name, (inputs, outputs) in shapes.items():
+                key = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                tensors[f"{key}.lora_A.weight"] = torch.randn(2, inputs, generator=generator)
+                tensors[f"{key}.lora_B.weight"] = torch.randn(outputs, 2, generator=generator)
+    outputs = {}
+    for kind in sorted({"LORA", job.kind.split(",")[0]}):
+        folder = tmp_path / kind
+        folder.mkdir()
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = {"peft_type": kind, "r": 2, "lora_alpha": 2, "target_modules": ["w1", "w2", "w3"]}
+        (folder / "adapter_config.json").write_text(json.dumps({**config, "inference_mode": True}))
+        outputs[kind] = logits(PeftModel.from_pretrained(make_model("mixtral"), str(folder)))
+    assert_differs(outputs["LORA"], logits(make_model("mixtral")))
+    assert torch.equal(outputs["LORA"], outputs[job.kind.split(",")[0]])

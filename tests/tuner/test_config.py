@@ -72,6 +72,7 @@ def test_a_config_with_a_subspace_is_json_and_survives_copies(subspace):
         ({"sides": {"q_proj": "up"}}, r"sides\['q_proj'\]='up' is unknown"),
         ({"subspace": 3}, "subspace is a int, from which no basis can be had"),
         ({"init_lora_weights": "olora"}, "init_lora_weights='olora' and subspace both"),
+        ({"freeze_basis": True, "bias": "lora_only"}, "freeze_basis=True and bias='lora_only' contradict"),
         ({"freeze_basis": True, "use_dora": True}, "freeze_basis=True and use_dora=True contradict each other"),
         ({"layer_replication": [(0, 1)]}, "layer_replication changes which block is which"),
         ({"subspace": None, "freeze_basis": True}, "freeze_basis=True needs a basis"),

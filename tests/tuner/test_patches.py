@@ -6,9 +6,10 @@ from peft.tuners.lora import intruders
 from peft.utils import hotswap
 
 from peft_sae import SaeSubspaceConfig
+from peft_sae.errors import UnsupportedPeftError
 from peft_sae.tuner import patches
-from peft_sae.tuner.patches import PATCHES, Patch, apply_patches
-from peft_sae.tuner.registration import viewed_as_lora
+from peft_sae.tuner.patches import Patch, apply_patches
+from peft_sae.tuner.registration import missing_guards, viewed_as_lora
 from tests.tiny import make_model, make_subspace
 
 
@@ -47,11 +48,21 @@ def test_a_line_that_has_gone_is_told(monkeypatch, caplog):
     with caplog.at_level("WARNING"):
         assert apply_patches() == [gone]
     assert "PeftModel.add_adapter" in caplog.text
+    assert not missing_guards
 
 
-def test_each_patch_names_what_it_is_for():
-    assert len({(patch.module, patch.name) for patch in PATCHES}) == len(PATCHES)
-    assert all(patch.line and callable(patch.wrap) for patch in PATCHES)
+def test_without_a_guard_nothing_is_protected_by_halves(monkeypatch):
+    model = make_model()
+    subspace = make_subspace(model, protected={"blocks.0.hook_resid_post": 1})
+    guard = Patch("peft.utils.hotswap", "hotswap_adapter", "no such line", lambda original: None, guards=True)
+    monkeypatch.setattr(patches, "PATCHES", (guard,))
+    apply_patches()
+    try:
+        config = SaeSubspaceConfig(subspace=subspace, r=2, target_modules=["q_proj"])
+        with pytest.raises(UnsupportedPeftError, match=r"hotswap_adapter.*go around the protection"):
+            get_peft_model(model, config)
+    finally:
+        missing_guards.clear()
 
 
 def test_the_view_as_lora_ends_with_the_call():

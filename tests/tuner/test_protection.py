@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils.hotswap import hotswap_adapter
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 
 from peft_sae import SaeSubspaceConfig, Subspace, export_lora
 from peft_sae.errors import ConfigError, MismatchError, SelectionError
@@ -187,7 +187,11 @@ def test_it_holds_after_saving_and_loading_and_when_trained_on(tmp_path, freeze,
         train(again, check=lambda it: leaks(it, subspace))
         assert max(leaks(again, subspace)) < 1e-6
     else:
-        assert not trained  # nobody can train it away from its protection
+        assert not trained
+        again.save_pretrained(tmp_path / "again")
+        next(p for n, p in again.named_parameters() if "lora_A" in n).requires_grad_(True)
+        with pytest.raises(ConfigError, match="was made trainable although the adapter protects features"):
+            again.save_pretrained(tmp_path / "unfrozen")
 
 
 def test_training_on_without_the_subspace_is_refused(tmp_path):
@@ -363,13 +367,18 @@ def test_copies_and_compilation_keep_it():
 def test_heads_are_protected_in_their_own_block_only():
     model = make_model()
     subspace = make_subspace(model, {"blocks.1.hook_resid_post": 4}, protected={"blocks.1.attn.hook_z": 2})
-    adapted = get_peft_model(model, SaeSubspaceConfig(subspace=subspace, r=4, target_modules=["q_proj", "o_proj"]))
+    config = SaeSubspaceConfig(subspace=subspace, r=4, target_modules=["down_proj", "o_proj"])
+    adapted = get_peft_model(model, config)
     counts = {
         name: (entry["protected_read"], entry["protected_write"])
         for name, entry in adapted.peft_config["default"].basis_record["modules"].items()
     }
     assert counts.pop("model.layers.1.self_attn.o_proj") == (2, 0)
     assert set(counts.values()) == {(0, 0)}
+    for target in ("q_proj", "v_proj"):
+        config = SaeSubspaceConfig(subspace=subspace, r=4, target_modules=[target])
+        with pytest.raises(ConfigError, match=rf"What 'model.layers.1.self_attn.{target}' computes becomes the heads'"):
+            get_peft_model(make_model(), config)
 
 
 def test_an_empty_basis_with_protection_is_lora_that_ignores_features():
@@ -453,3 +462,74 @@ def test_a_bias_of_a_writing_module_is_protected_too():
     x = torch.randn(3, 4)
     assert (guarded(x) @ unseen.T).abs().max() < 1e-6
     assert (linear(x) @ unseen.T).abs().max() > 1e-2
+
+
+def test_what_is_saved_of_a_bias_is_what_takes_effect(tmp_path):
+    model = make_model("gpt2")  # its c_proj has a bias to merge into
+    adapted = adapt(model, lora_bias=True)
+    train(adapted)
+    state = get_peft_model_state_dict(adapted)
+    subspace = adapted.peft_config["default"].subspace
+    checked = 0
+    for key, value in state.items():
+        if key.endswith("c_proj.lora_B.bias"):
+            name = key.removeprefix("base_model.model.").removesuffix(".lora_B.bias")
+            along = directions(subspace, adapted.get_base_model(), name)["write"] @ value.double()
+            assert along.abs().max() < 1e-6 * value.norm()
+            raw = adapted.get_base_model().get_submodule(name).lora_B["default"].raw_bias
+            checked += not torch.allclose(raw, value)
+    assert checked == 6
+
+
+def test_adapters_loaded_only_to_be_run_are_not_combined_as_protected(tmp_path):
+    adapted = adapt(make_model())
+    train(adapted)
+    adapted.save_pretrained(tmp_path)
+    run = PeftModel.from_pretrained(make_model(), str(tmp_path))
+    run.load_adapter(str(tmp_path), adapter_name="other")
+    with pytest.raises(ConfigError, match="loaded without its Subspace"):
+        run.base_model.add_weighted_adapter(["default", "other"], [1, 1], "both", combination_type="ties", density=0.5)
+
+
+def test_padding_for_hot_swapping_is_refused_in_training():
+    with pytest.raises(ConfigError, match="being trained with protected features"):
+        prepare_model_for_compiled_hotswap(adapt(make_model()), target_rank=8)
+
+
+def test_hot_swapping_in_transformers_is_refused_in_training(tmp_path):
+    adapt(make_model()).save_pretrained(tmp_path)
+    model = make_model()
+    model.load_adapter(str(tmp_path), is_trainable=True)
+    with pytest.raises(ConfigError, match="being trained with protected features"):
+        model.load_adapter(str(tmp_path), adapter_name="default", hotswap=True)
+
+
+def test_swapping_in_an_adapter_without_protection_is_refused(tmp_path):
+    for name, protected in (("guarded", HOOKS), ("free", None)):
+        adapt(make_model(), protected=protected).save_pretrained(tmp_path / name)
+    run = PeftModel.from_pretrained(make_model(), str(tmp_path / "guarded"))
+    with pytest.raises(ConfigError, match="protected features: True, and the one to be swapped in: False"):
+        hotswap_adapter(run, str(tmp_path / "free"), adapter_name="default", torch_device="cpu")
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "bert"])
+def test_behind_a_post_norm_the_update_only_rescales_what_the_base_writes(family):
+    """Along a protected direction the norm's output changes by the factor that everything changes by."""
+    model = make(family)
+    target = "attention.output.dense" if family == "bert" else "o_proj"
+    adapted = adapt(model, target_modules=[target])
+    train(adapted)
+    adapted.eval()
+    subspace, base = adapted.peft_config["default"].subspace, adapted.get_base_model()
+    rows = torch.cat([site.directions for site in subspace.protected])
+    path = {"bert": "bert.encoder.layer.1.attention.output.LayerNorm"}
+    norm = base.get_submodule(path.get(family, "model.layers.1.post_attention_layernorm"))
+    layer = next(layer for name, layer in layers(base).items() if ".1." in name)
+    x = torch.randn(7, layer.in_features, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        written = layer.base_layer(x)
+        zero = norm(torch.zeros_like(written))
+        off, on = norm(written) - zero, norm(layer(x)) - zero
+    factor = ((on @ rows.T) / (off @ rows.T)).double()
+    assert (on - off).abs().max() > 1e-2
+    torch.testing.assert_close(factor, factor[:, :1].expand_as(factor), rtol=2e-3, atol=0)
