@@ -52,10 +52,10 @@ def find_tap(model: PreTrainedModel, site: Site) -> Tap:
             f"Hook point {site.kind} of block {site.block} does not exist: {type(model).__name__} has {count} blocks "
             f"(0 to {count - 1}). Use SAEs that were trained on this model."
         )
-    if _is_post_norm(bridge) and site.kind in ("resid_mid", "attn_out"):
+    if _is_post_norm(bridge) and site.kind in ("resid_mid", "attn_out", "mlp_out"):
         raise MismatchError(
             f"{type(model).__name__} has its norms behind the sums, so no tensor of it is what {site.kind} means "
-            "elsewhere. Use SAEs at resid_pre, resid_post, mlp_out or z."
+            "elsewhere. Use SAEs at resid_pre, resid_post or z."
         )
     alias = "attn.o.hook_in" if site.kind == "z" else bridge.hook_aliases.get(f"hook_{site.kind}")
     if alias is None:

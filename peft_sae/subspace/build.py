@@ -13,7 +13,7 @@ from ..statistics.collect import collect_statistics, model_description
 from ..statistics.data import Data, TokenChoice
 from ..statistics.statistics import FeatureStatistics
 from .artifact import Subspace
-from .protect import Protect, find_protected, protected_ids, protected_site, without_protected
+from .protect import Protect, find_protected, protected_ids, protected_site, sae_key, without_protected
 from .protected import ProtectedSite
 from .site import SubspaceSite, principal_basis, unit_rows
 from .tokens import promoted_tokens
@@ -57,8 +57,8 @@ def build_subspace(
         max_length: tokens per text; longer ones are cut. By default the model's context length.
         protect: features that the update must neither read nor write: names such as
             `"blocks.12.hook_resid_post:4051"` or `"12:4051"`, or two sets of text that differ only in what it is to
-            ignore (a phrasing, a language, a format). Of those the features that differ most are protected. A feature
-            on both lists is protected, and is taken out of the basis, which the log tells.
+            ignore (a phrasing, a language, a format). Of those the features whose means differ most are protected. A
+            feature on both lists is protected, and is taken out of the basis, which the log tells.
         protect_top_k: features per SAE that a pair of sets protects.
         progress: show progress bars.
 
@@ -114,23 +114,24 @@ def subspace_from_selection(
     _check_variance(variance)
     saes = as_handles(saes)
     check_placement(model, saes)
-    by_digest = {handle.identity.digest: handle for handle in saes}
+    by_key = {sae_key(handle.identity): handle for handle in saes}
     guarded = protected_ids(protect, saes)
     if selection is None and not guarded:
         raise ConfigError("Neither a selection nor features to protect are given, so the Subspace would be empty.")
     sites = []
     for chosen in () if selection is None else selection.sites:
-        handle = _find_handle(chosen, by_digest)
-        chosen = without_protected(chosen, guarded.get(chosen.sae.digest, ()))
+        handle = _find_handle(chosen, by_key)
+        chosen = without_protected(chosen, guarded.get(sae_key(chosen.sae), ()))
         sites.append(_build_site(chosen, handle, model, tokenizer, variance))
-    protected = [protected_site(by_digest[key], ids, model, tokenizer) for key, ids in guarded.items()]
+    protected = [protected_site(by_key[key], ids, model, tokenizer) for key, ids in guarded.items()]
+    found_by = dict(protect.settings) if isinstance(protect, Selection) else list(protect)
     settings = {} if selection is None else dict(selection.settings)
     description = settings["statistics"]["model"] if settings else model_description(model)
     return Subspace(
         sites=tuple(sorted(sites, key=_place)),
         layout=find_layout(model),
         model=description,
-        settings={**settings, "variance": variance},
+        settings={**settings, "variance": variance, "protect": found_by},
         protected=tuple(sorted(protected, key=_place)),
     )
 
@@ -139,10 +140,10 @@ def _place(site: SubspaceSite | ProtectedSite) -> tuple[int, str]:
     return site.sae.site.block, site.sae.hook_name
 
 
-def _find_handle(chosen: SelectedFeatures, by_digest: Mapping[str, SaeHandle]) -> SaeHandle:
-    handle = by_digest.get(chosen.sae.digest)
+def _find_handle(chosen: SelectedFeatures, by_key: Mapping[tuple[str, str], SaeHandle]) -> SaeHandle:
+    handle = by_key.get(sae_key(chosen.sae))
     if handle is None:
-        names = [other.identity.name for other in by_digest.values()]
+        names = [other.identity.name for other in by_key.values()]
         raise MismatchError(
             f"The selection was made with SAE {chosen.sae.name!r} (digest {chosen.sae.digest[:12]}...), which is "
             f"not among the given ones {names}. Give the same SAEs."

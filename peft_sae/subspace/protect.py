@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from ..errors import ConfigError, SelectionError
+from ..sae.identity import SaeIdentity
 from ..sae.load import SaeHandle, as_handles
 from ..selection.select import SelectedFeatures, Selection
 from ..statistics.data import Data
@@ -35,6 +36,8 @@ def find_protected(
     if isinstance(protect, str):
         raise ConfigError(f"protect={protect!r} is one text. Give a list of names, or a pair of sets of text.")
     if isinstance(protect, tuple) and len(protect) == 2 and not all(_is_name(part) for part in protect):
+        if any(_is_name(part) for part in protect):
+            raise ConfigError(f"protect={protect!r} is neither two names of features nor two sets of text.")
         return contrast(*protect)
     names = [str(name) for name in protect]
     protected_ids(names, as_handles(saes))
@@ -45,16 +48,21 @@ def _is_name(value: object) -> bool:
     return isinstance(value, str) and ":" in value and not Path(value).exists()
 
 
-def protected_ids(protect: Sequence[str] | Selection, saes: Sequence[SaeHandle]) -> dict[str, list[int]]:
-    """Protected feature ids by the digest of their SAE."""
+def sae_key(sae: SaeIdentity) -> tuple[str, str]:
+    """What tells SAEs apart: their weights and their place, as the same weights may stand at several."""
+    return sae.digest, sae.hook_name
+
+
+def protected_ids(protect: Sequence[str] | Selection, saes: Sequence[SaeHandle]) -> dict[tuple[str, str], list[int]]:
+    """Protected feature ids by the key of their SAE."""
     if isinstance(protect, Selection):
-        return {chosen.sae.digest: chosen.features.tolist() for chosen in protect.sites}
+        return {sae_key(chosen.sae): chosen.features.tolist() for chosen in protect.sites}
     if isinstance(protect, str):
         raise ConfigError(f"protect={protect!r} is one text. Give a list of names, or a pair of sets of text.")
-    found: dict[str, list[int]] = {}
+    found: dict[tuple[str, str], list[int]] = {}
     for name in protect:
         sae, feature = parse_feature_name(name, [handle.identity for handle in saes])
-        ids = found.setdefault(sae.digest, [])
+        ids = found.setdefault(sae_key(sae), [])
         if feature not in ids:
             ids.append(feature)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ _TOLERANCE = 1e-6  # a gain or a direction smaller than this, relative to the la
 # it is exact to 1e-13 at once, with the second after a repetition.
 _WELL_CONDITIONED = 3e-2
 _ILL_CONDITIONED = 1e-5
+_REMAINDER = 0.1
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,9 @@ def measure_norm(norm: nn.Module, width: int) -> NormGain | None:
     device = torch.device("cpu") if parameter is None else parameter.device
     if device.type == "meta":
         return None
-    floating = parameter is not None and parameter.dtype.is_floating_point
-    dtype = parameter.dtype if parameter is not None and floating else torch.float32
+    dtype = torch.float32 if parameter is None else parameter.dtype
+    if dtype not in (torch.float32, torch.float64):  # its outputs would be rounded to a few digits
+        norm, dtype = copy.deepcopy(norm).float(), torch.float32
     signs = torch.ones(width, device=device, dtype=dtype)
     signs[1::2] = -1
     if width % 2:  # then the mean is zero with the last channel at zero, which the rolled input measures
@@ -123,7 +126,7 @@ def orthonormal_rows(directions: torch.Tensor) -> torch.Tensor:
 
     The result is that of Gram-Schmidt: each row adds to those before it what its direction has left. It is computed by
     Cholesky QR, which for a few rows of a great width costs two thin products, and once more where that loses digits;
-    where directions nearly depend on each other Householder QR takes its place.
+    where directions depend on each other it is done row by row.
 
     Args:
         directions: float64 [rank, width].
@@ -133,14 +136,17 @@ def orthonormal_rows(directions: torch.Tensor) -> torch.Tensor:
         the longest that they are rounding.
     """
     lengths = directions.norm(dim=-1)
-    rows = directions = directions[lengths > _TOLERANCE * lengths.max(dim=0).values] if len(directions) else directions
+    longest = float(lengths.max()) if len(directions) else 0.0
+    rows = directions = directions[lengths > _TOLERANCE * longest]
+    if not len(rows):
+        return rows
     for _ in range(2):
         gram = rows @ rows.T
         scale = torch.diagonal(gram).rsqrt()
         lower, failed = torch.linalg.cholesky_ex(gram * scale * scale[:, None])
         newest = float(torch.diagonal(lower).min())
         if bool(failed) or not newest > _ILL_CONDITIONED:  # also where a zero row has made it NaN
-            return _householder_rows(directions)
+            return _gram_schmidt_rows(directions)
         # The inverse is small; multiplying by it is faster than solving for every column.
         inverse = torch.linalg.solve_triangular(lower, torch.diag(scale), upper=False)
         rows = inverse @ rows
@@ -149,32 +155,40 @@ def orthonormal_rows(directions: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def _householder_rows(directions: torch.Tensor) -> torch.Tensor:
-    lengths = directions.norm(dim=-1, keepdim=True)
-    directions = directions[(lengths > 0).flatten()] / lengths[lengths > 0][:, None]
-    orthogonal, upper = torch.linalg.qr(directions.T)
-    diagonal = torch.diagonal(upper)
-    signs = torch.where(diagonal < 0, -1.0, 1.0).to(torch.float64)
-    rows: torch.Tensor = orthogonal.T * signs[:, None]
-    return rows[diagonal.abs() > _TOLERANCE]
+def _gram_schmidt_rows(directions: torch.Tensor) -> torch.Tensor:
+    """Row by row, which is slow and holds for rows that depend on each other, wherever they stand."""
+    found = torch.empty_like(directions)
+    count = 0
+    for row in torch.nn.functional.normalize(directions):
+        known = found[:count]
+        # Twice, because the first subtraction leaves rounding errors of the size of its operands.
+        for _ in range(2):
+            row = row - (known @ row) @ known
+        length = row.norm()
+        if length > _TOLERANCE and count < directions.shape[1]:
+            found[count] = row / length
+            count += 1
+    return found[:count]
 
 
 def without_part(rows: torch.Tensor, avoided: torch.Tensor) -> torch.Tensor:
-    """Return orthonormal rows that span what is left of some rows without their part along others.
+    """Return orthonormal rows, in the same order, that span what is left of some rows without their part along others.
+
+    What is left of a direction that lies almost within the others would be a direction of its own, hardly one of the
+    first: of the principal directions those are left out of which less than a tenth remains.
 
     Args:
         rows: orthonormal, float64 [rank, width].
         avoided: orthonormal, float64 [count, width].
 
     Returns:
-        Float64 [rank', width], orthogonal to `avoided`; rank' is smaller where a row lies within it.
+        Float64 [rank', width], orthogonal to `avoided`.
     """
-    # Twice, because the first subtraction leaves rounding errors of the size of its operands.
-    for _ in range(2):
-        rows = rows - (rows @ avoided.T) @ avoided
-        rows = rows[rows.norm(dim=-1) > _TOLERANCE]
-        rows = orthonormal_rows(rows) if len(rows) else rows
-    return rows
+    left = rows - (rows @ avoided.T) @ avoided
+    remainders = torch.linalg.svd(left, full_matrices=False)
+    space = remainders.Vh[remainders.S > _REMAINDER]
+    space = space - (space @ avoided.T) @ avoided
+    return orthonormal_rows((left @ space.T) @ space)
 
 
 def fill_rows(rows: torch.Tensor, count: int, *, seed: str) -> torch.Tensor:

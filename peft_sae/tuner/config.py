@@ -56,7 +56,8 @@ class SaeSubspaceConfig(LoraConfig):
         freeze_basis: train only the factor that does not hold the basis. What a writing module adds to the stream then
             stays in the span of the chosen features for good, and what a reading module reads stays in the span of what
             these features look like behind its norm. A norm behind a writing module (Gemma-2) in addition rescales, as
-            a whole, what it is given.
+            a whole, what it is given; and beside protected features the basis is what is left of the chosen ones'
+            directions without their part along these.
         norm_gain: carry the basis through the norm between the residual stream and the module.
         layer_map: `"nearest"` gives every module the nearest site along the residual stream; `"exact"` adapts
             only modules that touch a site within their block. What block 4 leaves in `resid_post` is touched by block
@@ -65,13 +66,13 @@ class SaeSubspaceConfig(LoraConfig):
             directions orthogonal to it), `"zeros"`, or `"error"`.
         sides: side of modules (name or end of a name: `"read"`, `"write"`, or `"none"` for plain LoRA),
             where it is not known from the architecture or is to be another one.
-        protect: which of the Subspace's features the update can neither read nor write, whatever is trained: True for
-            all that the Subspace protects, names such as `"blocks.12.hook_resid_post:4051"` or `"12:4051"` for some of
-            its features, chosen or protected, False for none. It holds for every module of the adapter, behind its
-            norm whatever `norm_gain` says, and up to the norm's common rescaling: one behind a writing module (Gemma-2)
-            rescales what the base model writes along a protected direction with all the rest. What is trained beside
-            the low-rank update (`modules_to_save`, `trainable_token_indices`) it does not bind, and the norms must
-            stay as they are.
+        protect: which of the Subspace's features, that is of their decoder directions, the update can neither read
+            nor write, whatever is trained: True for all that the Subspace protects, names such as
+            `"blocks.12.hook_resid_post:4051"` or `"12:4051"` for some of its features, chosen or protected, False for
+            none. It holds for every module of the adapter, behind its norm whatever `norm_gain` says, and up to the
+            norm's common rescaling: one behind a writing module (Gemma-2) rescales what the base model writes along a
+            protected direction with all the rest. What is trained beside the low-rank update (`modules_to_save`,
+            `trainable_token_indices`) it does not bind, and the norms must stay as they are.
         basis_record: written at injection: the Subspace's digest, its model, and each module's side, hook point and
             number of directions from the basis, filled up, dropped, and protected. Not meant to be set by hand.
 

@@ -36,7 +36,7 @@ class Planner:
         self._subspace = subspace
         self._layout: BlockLayout = subspace.layout
         self._norms = NormGains(model)
-        self._protection = Protection(config, subspace, self._norms)
+        self._protection = Protection(config, model, subspace, self._norms)
         self._rows: dict[tuple[str, str, str | None], torch.Tensor] = {}
 
     def plan(self, targets: Sequence[str]) -> dict[str, ModulePlan]:
@@ -114,7 +114,10 @@ class Planner:
         rows = self._module_rows(site, role, norm_name)
         avoided = unseen.get(f"unseen_{role.side}")
         if avoided is not None:
+            found = rows.shape[0]
             rows = without_part(rows, avoided.double())
+            if rows.shape[0] < found:
+                logger.info("%s: %d of %d directions lie in what is protected.", name, found - rows.shape[0], found)
             if rows.shape[0] == 0:
                 raise ConfigError(
                     f"All of the basis at {site.sae.hook_name} lies in what is protected at {name!r}, so nothing is "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from transformers.pytorch_utils import Conv1D
 from ..errors import ConfigError, MismatchError, UnsupportedPeftError
 from ..layout import ModuleRole, Side, Site
 from ..subspace import Subspace, SubspaceSite
-from ..subspace.protected import ProtectedSite, parse_feature_name
+from ..subspace.protected import ProtectedSite, feature_name, parse_feature_name
 from .basis import orthonormal_rows, unseen_through_norm
 from .config import SaeSubspaceConfig
 from .norms import NormGains
 from .registration import missing_guards
 from .sites import Place
+
+logger = logging.getLogger(__name__)
 
 # Variants of LoRA whose update is not that of its two factors alone.
 _OTHER_VARIANTS = ("use_dora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config", "arrow_config")
@@ -26,8 +29,11 @@ _OTHER_VARIANTS = ("use_dora", "use_bdlora", "kasa_config", "velora_config", "mo
 class Protection:
     """The protected directions of one adapter, as each module meets them."""
 
-    def __init__(self, config: SaeSubspaceConfig, subspace: Subspace, norms: NormGains) -> None:
+    def __init__(self, config: SaeSubspaceConfig, model: nn.Module, subspace: Subspace, norms: NormGains) -> None:
         self._norms = norms
+        get_embeddings: Any = getattr(model, "get_input_embeddings", None)
+        embeddings = None if get_embeddings is None else get_embeddings()
+        self._embedding = getattr(embeddings, "weight", None)
         self._trained = tuple(config.modules_to_save or ())
         self._directions = _choose(config, subspace)
         # The part of a block that the heads belong to, such as self_attn.
@@ -55,12 +61,22 @@ class Protection:
         """
         if not self._directions:
             return {}
+        if any(parameter.is_meta for parameter in module.parameters()):
+            raise ConfigError(
+                f"{name!r} is on the meta device, where nothing can be protected. Load the model's weights first, "
+                "without offloading, or set protect=False to count parameters only."
+            )
         residual = any(site.sae.site.kind != "z" for site, _ in self._directions)
         linear = isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "in_features")
         if residual and not (linear and place.roles):
             raise ConfigError(
                 f"It is not known what the target {name!r} ({type(module).__name__}) reads and writes, so it cannot be "
                 "kept from using protected features. Exclude it with exclude_modules, or set protect=False."
+            )
+        if any(parameter is self._embedding for parameter in module.parameters()):
+            raise ConfigError(
+                f"{name!r} shares its weights with the input embedding, which writes the stream, so merging an update "
+                "of it would write protected features. Exclude it, or untie the two (tie_word_embeddings=False)."
             )
         heads = any(site.sae.site == Site(place.block, "z") for site, _ in self._directions)
         if heads and place.path.split(".")[0] in self._attention and not any(r.site == "z" for r in place.roles):
@@ -71,13 +87,13 @@ class Protection:
             )
         fields: dict[str, Any] = {}
         for role in place.roles:
-            rows = self._role_rows(name, module, role, place)
+            rows = self._role_rows(name, role, place)
             if rows is not None:
                 fields[f"protected_{role.side}"] = rows.shape[0]
                 fields[f"unseen_{role.side}"] = rows
         return fields
 
-    def _role_rows(self, name: str, module: nn.Module, role: ModuleRole, place: Place) -> torch.Tensor | None:
+    def _role_rows(self, name: str, role: ModuleRole, place: Place) -> torch.Tensor | None:
         heads = role.site == "z"
         found = [
             directions
@@ -89,18 +105,11 @@ class Protection:
         directions = torch.cat(found)
         key = (role.side, place.norm(role), place.block if heads else None)
         if key not in self._rows:
-            self._rows[key] = self._measure(name, module, directions, role.side, place.norm(role))
-        return self._rows[key]
+            self._rows[key] = self._measure(name, directions, role.side, place.norm(role))
+        rows = self._rows[key]
+        return rows if len(rows) else None
 
-    def _measure(
-        self, name: str, module: nn.Module, directions: torch.Tensor, side: Side, norm: str | None
-    ) -> torch.Tensor:
-        parameter = next(module.parameters(), None)
-        if parameter is not None and parameter.is_meta:
-            raise ConfigError(
-                f"{name!r} is on the meta device, where protected features cannot be found behind the norms. Load the "
-                "model's weights first, or set protect=False to count parameters only."
-            )
+    def _measure(self, name: str, directions: torch.Tensor, side: Side, norm: str | None) -> torch.Tensor:
         for trained in self._trained:
             if norm is not None and f".{trained}." in f".{norm}.":
                 raise ConfigError(
@@ -123,24 +132,39 @@ def _choose(config: SaeSubspaceConfig, subspace: Subspace) -> list[tuple[Subspac
         return []
     if config.protect is True:
         return [(site, site.directions) for site in subspace.protected]
+    guarded = {feature_name(site.sae, feature) for site in subspace.protected for feature in site.features.tolist()}
     sites: list[SubspaceSite | ProtectedSite] = [*subspace.sites, *subspace.protected]
     known = {
-        (site.sae.digest, feature): direction
+        (_key(site), feature): direction
         for site in sites
         for feature, direction in zip(site.features.tolist(), site.directions, strict=True)
     }
-    places = {site.sae.digest: site for site in sites}
-    chosen: dict[str, dict[int, torch.Tensor]] = {}
+    places = {_key(site): site for site in sites}
+    chosen: dict[tuple[str, str], dict[int, torch.Tensor]] = {}
     for name in config.protect:
         sae, feature = parse_feature_name(name, [site.sae for site in places.values()])
-        if (sae.digest, feature) not in known:
-            ids = sorted(number for digest, number in known if digest == sae.digest)
+        key = (sae.digest, sae.hook_name)
+        guarded.discard(feature_name(sae, feature))
+        if (key, feature) not in known:
+            ids = sorted(number for place, number in known if place == key)
             raise MismatchError(
                 f"protect names {name!r}, and of the SAE at {sae.hook_name} the Subspace has the features {ids} only, "
                 "so the direction of another is not known. Build the Subspace with protect=[...]."
             )
-        chosen.setdefault(sae.digest, {})[feature] = known[sae.digest, feature]
-    return [(places[digest], torch.stack(list(found.values()))) for digest, found in chosen.items()]
+        chosen.setdefault(key, {})[feature] = known[key, feature]
+    if guarded:
+        logger.warning(
+            "protect names %d features; %d that the Subspace protects are not among them, and may be used (%s ...).",
+            len(config.protect),
+            len(guarded),
+            min(guarded),
+        )
+    return [(places[key], torch.stack(list(found.values()))) for key, found in chosen.items()]
+
+
+def _key(site: SubspaceSite | ProtectedSite) -> tuple[str, str]:
+    """One SAE's weights may stand at several hook points."""
+    return site.sae.digest, site.sae.hook_name
 
 
 def _check_guards() -> None:

@@ -316,7 +316,7 @@ def test_an_encoder_reads_its_stream_as_it_is_and_writes_it_through_its_norms():
     }
 
 
-@pytest.mark.parametrize("kind", ["resid_mid", "attn_out"])
+@pytest.mark.parametrize("kind", ["resid_mid", "attn_out", "mlp_out"])
 def test_sites_between_an_encoders_norms_are_refused(kind):
     with pytest.raises(MismatchError, match=f"norms behind the sums.*{kind}"):
         find_tap(make_classifier(), Site(1, kind))

@@ -189,3 +189,22 @@ def test_a_block_with_two_saes_needs_the_hook_point(llama, tokenizer):
     saes = load_saes([make_sae("blocks.1.hook_resid_post"), make_sae("blocks.1.hook_resid_pre", seed=1)])
     with pytest.raises(SelectionError, match="could mean any of the SAEs"):
         _build(llama, tokenizer, saes, protect=["1:3"])
+
+
+def test_the_same_weights_at_two_places_are_two_saes(llama, tokenizer):
+    saes = load_saes([make_sae("blocks.0.hook_resid_post"), make_sae("blocks.2.hook_resid_post")])
+    built = _build(llama, tokenizer, saes, protect=["0:7"])
+    assert built.protected_features["name"].tolist() == ["blocks.0.hook_resid_post:7"]
+    assert [site.sae.hook_name for site in built.sites] == ["blocks.0.hook_resid_post", "blocks.2.hook_resid_post"]
+
+
+def test_the_subspace_records_how_its_protected_features_were_found(llama, tokenizer, saes):
+    assert _build(llama, tokenizer, saes, protect=["0:7"]).settings["protect"] == ["0:7"]
+    built = _build(llama, tokenizer, saes, protect=(["red red"], ["blue blue"]), protect_top_k=3)
+    assert built.settings["protect"]["top_k"] == 3
+    assert built.settings["protect"]["statistics"]["examples"] == {"aligned": 1, "unaligned": 1}
+
+
+def test_a_pair_of_which_one_is_a_name_is_refused(llama, tokenizer, saes):
+    with pytest.raises(ConfigError, match="neither two names of features nor two sets"):
+        _build(llama, tokenizer, saes, protect=("0:7", "2-9"))

@@ -5,6 +5,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from peft_sae.tuner.basis import NormGain, fill_rows, measure_norm, orthonormal_rows, through_norm
+from tests.tiny import make_model
 
 
 def randomise(norm, seed=0):
@@ -116,3 +117,37 @@ def test_fill_is_orthonormal_orthogonal_and_reproducible():
     assert torch.equal(fill_rows(rows, 3, seed="a"), fill_rows(rows, 3, seed="a"))
     assert not torch.allclose(fill_rows(rows, 3, seed="a"), fill_rows(rows, 3, seed="b"))
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("width", [8, 32, 768])
+def test_dependent_rows_take_nothing_from_those_behind_them(width):
+    generator = torch.Generator().manual_seed(0)
+    a, b, c = torch.randn(3, width, generator=generator, dtype=torch.float64)
+    near = a + 1e-8 * torch.randn(width, generator=generator, dtype=torch.float64)
+    for rows in ([a, a, b, c], [a, b, a + b, c], [a, near, b, c], [a, 0 * a, b, c]):
+        found = orthonormal_rows(torch.stack(rows))
+        assert found.shape == (3, width)
+        torch.testing.assert_close(found @ found.T, torch.eye(3, dtype=torch.float64), rtol=0, atol=1e-12)
+        for row in rows:
+            assert (row - (row @ found.T) @ found).norm() < 1e-6 * a.norm()
+
+
+def test_rows_beyond_the_width_and_rows_of_nothing():
+    many = torch.randn(9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert orthonormal_rows(many).shape == (4, 4)
+    assert orthonormal_rows(torch.zeros(2, 4, dtype=torch.float64)).shape == (0, 4)
+    assert orthonormal_rows(torch.zeros(0, 4, dtype=torch.float64)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_the_gain_of_a_norm_in_bfloat16_has_no_rounding_of_its_own(family):
+    name = "transformer.h.0.ln_1" if family == "gpt2" else "model.layers.0.input_layernorm"
+    low = make_model(family).to(torch.bfloat16)
+    exact = make_model(family).to(torch.bfloat16).float()
+    torch.testing.assert_close(
+        measure_norm(low.get_submodule(name), 32).gain,
+        measure_norm(exact.get_submodule(name), 32).gain,
+        rtol=1e-6,
+        atol=0,
+    )
+    assert low.get_submodule(name).weight.dtype is torch.bfloat16

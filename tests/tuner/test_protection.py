@@ -1,6 +1,7 @@
 """Protected features: the update neither reads nor writes them, at no time of an adapter's life."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -327,7 +328,7 @@ def test_transformers_loads_a_protected_adapter_to_be_trained_on(tmp_path):
 def test_a_model_without_weights_cannot_be_protected():
     with torch.device("meta"):
         model = make_model()
-    with pytest.raises(ConfigError, match="on the meta device, where protected features cannot be found"):
+    with pytest.raises(ConfigError, match="on the meta device, where nothing can be protected"):
         adapt(model)
 
 
@@ -533,3 +534,41 @@ def test_behind_a_post_norm_the_update_only_rescales_what_the_base_writes(family
     factor = ((on @ rows.T) / (off @ rows.T)).double()
     assert (on - off).abs().max() > 1e-2
     torch.testing.assert_close(factor, factor[:, :1].expand_as(factor), rtol=2e-3, atol=0)
+
+
+def test_a_module_whose_weights_are_offloaded_is_refused_wherever_it_stands():
+    from accelerate import cpu_offload
+
+    model = make_model()
+    cpu_offload(model.model.layers[2], execution_device="cpu")
+    with pytest.raises(ConfigError, match=r"'model.layers.2.self_attn.o_proj' is on the meta device"):
+        adapt(model, target_modules=["o_proj"])
+
+
+def test_a_head_that_is_the_embedding_cannot_be_protected():
+    with pytest.raises(ConfigError, match="'lm_head' shares its weights with the input embedding"):
+        adapt(make_model("llama", tie_word_embeddings=True), target_modules=["lm_head"])
+    adapted = adapt(make_model(), target_modules=["lm_head"])
+    assert adapted.peft_config["default"].basis_record["modules"]["lm_head"]["protected_read"] == 3
+
+
+def test_names_in_the_configuration_that_leave_out_protected_features_are_told(caplog):
+    adapt(make_model(), protect=["0:41"])
+    assert "2 that the Subspace protects are not among them" in caplog.text
+    assert "blocks.0.hook_resid_post:40" in caplog.text
+
+
+def test_what_lies_along_protected_features_is_left_out_of_the_basis():
+    """Of a feature that is nearly protected no basis is made up."""
+    model = make_model()
+    subspace = make_subspace(model, protected={"blocks.0.hook_resid_post": 1})
+    near = torch.nn.functional.normalize(subspace.sites[0].basis[:1] + 1e-3 * torch.randn(1, 32), dim=1)
+    guard = dataclasses.replace(subspace.protected[0], directions=near)
+    subspace = dataclasses.replace(subspace, protected=(guard,))
+    config = SaeSubspaceConfig(subspace=subspace, r="auto", freeze_basis=True, target_modules=["down_proj"])
+    adapted = get_peft_model(model, config)
+    for layer in layers(adapted).values():
+        columns = layer.lora_B["default"].weight
+        span = subspace.sites[0].basis
+        assert columns.shape == (32, 3)
+        torch.testing.assert_close(span.T @ (span @ columns), columns, rtol=0, atol=1e-2)
