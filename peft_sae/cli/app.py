@@ -97,10 +97,11 @@ def select(
     from ..sae import load_saes
     from ..selection import select_features
     from ..statistics import FeatureStatistics, collect_statistics
+    from ..statistics.data import check_data
     from ..statistics.statistics import STATISTICS_FILES
     from ..subspace.artifact import SUBSPACE_FILES
     from ..subspace.build import subspace_from_selection
-    from ..subspace.protect import find_protected
+    from ..subspace.protect import find_protected, protected_ids
     from ..training.job import load_model
     from .tables import print_features
 
@@ -109,7 +110,11 @@ def select(
     check_target(output, owned=SUBSPACE_FILES)
     if statistics is not None:
         check_target(statistics, owned=STATISTICS_FILES)
+    check_data(aligned, "aligned")
+    check_data(unaligned, "unaligned")
     handles = load_saes(saes, ids=ids or None, layers=layers or None, device=device)
+    if protect:
+        protected_ids(protect, handles)
     base, tokenizer = load_model(model, dtype=dtype)
     base.to(device)
 

@@ -219,6 +219,16 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, Mapping) and "role" in message and "content" in message
 
 
+def check_data(data: Data, label: str) -> None:
+    """Open a file of records and close it again, so that a wrong path is told before the long work.
+
+    Raises:
+        DataError: it cannot be opened.
+    """
+    if isinstance(data, (str, Path)):
+        next(iter(iterate_records(data, label)), None)
+
+
 def iterate_records(data: Data, label: str) -> Iterator[str | Mapping[str, Any]]:
     """Yield the records of a data set: a `datasets.Dataset`, an iterable, or a path to a JSONL file.
 

@@ -10,7 +10,7 @@ from ..sae.load import SaeHandle, as_handles
 from ..sae.placement import check_placement, find_layout
 from ..selection.select import SelectedFeatures, Selection, select_features
 from ..statistics.collect import collect_statistics, model_description
-from ..statistics.data import Data, TokenChoice
+from ..statistics.data import Data, TokenChoice, check_data
 from ..statistics.statistics import FeatureStatistics
 from .artifact import Subspace
 from .protect import Protect, find_protected, protected_ids, protected_site, sae_key, without_protected
@@ -66,6 +66,8 @@ def build_subspace(
         DataError, MismatchError, SelectionError, ConfigError: as the single stages do.
     """
     _check_variance(variance)
+    check_data(aligned, "aligned")
+    check_data(unaligned, "unaligned")
 
     def collect(first: Data, second: Data) -> FeatureStatistics:
         return collect_statistics(

@@ -13,7 +13,7 @@ from ..errors import ConfigError, SelectionError
 from ..sae.identity import SaeIdentity
 from ..sae.load import SaeHandle, as_handles
 from ..selection.select import SelectedFeatures, Selection
-from ..statistics.data import Data
+from ..statistics.data import Data, check_data
 from .protected import ProtectedSite, parse_feature_name
 from .site import unit_rows
 from .tokens import promoted_tokens
@@ -38,6 +38,8 @@ def find_protected(
     if isinstance(protect, tuple) and len(protect) == 2 and not all(_is_name(part) for part in protect):
         if any(_is_name(part) for part in protect):
             raise ConfigError(f"protect={protect!r} is neither two names of features nor two sets of text.")
+        for data, which in zip(protect, ("first protected", "second protected"), strict=True):
+            check_data(data, which)
         return contrast(*protect)
     names = [str(name) for name in protect]
     protected_ids(names, as_handles(saes))

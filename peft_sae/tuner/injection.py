@@ -145,10 +145,12 @@ def _check_import(config: Any, adapter_name: str) -> None:
 
 def _check_parameters(config: SaeSubspaceConfig) -> None:
     if config.target_parameters and (config.freeze_basis or config.r == "auto"):
-        wish = "freeze_basis=True" if config.freeze_basis else "r='auto'"
+        wish, remedy = ("freeze_basis=True", "freeze_basis=False") if config.freeze_basis else ("r='auto'", "a number")
         raise ConfigError(
-            f"{wish} needs a basis, and target_parameters={sorted(config.target_parameters)} get none: they are "
-            "adapted as plain LoRA. Use a number for r and freeze_basis=False, or target modules only."
+            f"{wish} needs a basis, and target_parameters={sorted(config.target_parameters)} get none. (In "
+            "transformers 5 the experts of a mixture are such parameters, also where 'all-linear' or their old names ask "
+            "for them.) "
+            f"Use {remedy}, or other target_modules, such as ['q_proj', 'k_proj', 'v_proj', 'o_proj']."
         )
 
 

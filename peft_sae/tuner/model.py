@@ -41,7 +41,9 @@ class SaeSubspaceModel(SubspaceInjection, LoraModel):
         before.
     """
 
-    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str, **kwargs: Any) -> None:
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Combine adapters as LoRA does. The result has no basis of its own, and nothing in it is frozen.
 
         PEFT copies the first adapter's configuration for it, which would claim that adapter's basis. Directions that
@@ -49,7 +51,7 @@ class SaeSubspaceModel(SubspaceInjection, LoraModel):
         keep away from, and that is refused.
 
         Raises:
-            ConfigError: the adapters protect different directions.
+            ConfigError: the adapters protect different directions, or one of them was loaded only to be run.
         """
         guards = _common_protection(self, adapters)
         first = self.peft_config[adapters[0]] if adapters and adapters[0] in self.peft_config else None
@@ -57,7 +59,7 @@ class SaeSubspaceModel(SubspaceInjection, LoraModel):
         if isinstance(first, SaeSubspaceConfig):
             self.peft_config[adapters[0]] = without_basis(first)
         try:
-            super().add_weighted_adapter(adapters, weights, adapter_name, **kwargs)
+            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
             if not known:
                 _protect_again(self, adapter_name, guards)
         except Exception:
@@ -67,6 +69,12 @@ class SaeSubspaceModel(SubspaceInjection, LoraModel):
         finally:
             if first is not None:
                 self.peft_config[adapters[0]] = first
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse to merge as protected what was unfrozen by hand, beside PEFT's own checks."""
+        super()._check_merge_allowed()
+        for adapter_name, config in self.peft_config.items():
+            _check_still_protected(self, config, adapter_name)
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
         """Refuse what LoRA cannot adapt in state-space models, which PEFT tells by the type LORA."""
@@ -126,7 +134,7 @@ class SaeMixedModel(SubspaceInjection, MixedModel):
 
 
 def _check_still_protected(model: nn.Module, config: Any, adapter_name: str) -> None:
-    """Refuse to save as protected what was unfrozen by hand after it had been loaded without its directions."""
+    """Refuse to save or merge as protected what was loaded without its directions and then unfrozen by hand."""
     if not isinstance(config, SaeSubspaceConfig) or not config.protects_something():
         return
     trained = [
@@ -137,7 +145,8 @@ def _check_still_protected(model: nn.Module, config: Any, adapter_name: str) -> 
     if trained and not any(protected_factors(model, adapter_name)):
         raise ConfigError(
             f"{trained[0]!r} was made trainable although the adapter protects features and was loaded only to be run, "
-            "so it may use them now, and saved it would claim not to. Load it with is_trainable=True to train on."
+            "so it may use them now, and is neither saved nor merged as if it did not. Load it with "
+            "is_trainable=True to train on."
         )
 
 
@@ -162,17 +171,18 @@ def _common_protection(model: SaeSubspaceModel, adapters: list[str]) -> dict[str
     ]
     for adapter, guards in zip(adapters, found, strict=True):
         config = model.peft_config.get(adapter)
-        lost = isinstance(config, SaeSubspaceConfig) and config.protects_something() and not guards
-        if (
-            lost
-            or guards.keys() != found[0].keys()
-            or not all(guard.protects_like(found[0][name]) for name, guard in guards.items())
+        if isinstance(config, SaeSubspaceConfig) and config.protects_something() and not guards:
+            raise ConfigError(
+                f"The adapter {adapter!r} was loaded only to be run, without the directions that it protects, so a "
+                "combination could not keep away from them. Load it with is_trainable=True."
+            )
+        if guards.keys() != found[0].keys() or not all(
+            guard.protects_like(found[0][name]) for name, guard in guards.items()
         ):
             raise ConfigError(
-                f"The adapters {adapters[0]!r} and {adapter!r} protect different features, or one of them was loaded "
-                "without its Subspace, so their combination would use what one of them keeps away from. Combine "
-                "adapters with the same protection, loaded with is_trainable=True, or export them with export_lora and "
-                "combine the plain LoRA adapters."
+                f"The adapters {adapters[0]!r} and {adapter!r} protect different features, so their combination would "
+                "use what one of them keeps away from. Combine adapters with the same protection, or export them with "
+                "export_lora and combine the plain LoRA adapters."
             )
     return found[0] if found else {}
 

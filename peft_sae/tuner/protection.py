@@ -191,5 +191,7 @@ def _check_config(config: LoraConfig) -> None:
     if config.target_parameters:
         raise ConfigError(
             f"target_parameters={sorted(config.target_parameters)} have no known side, so they cannot be kept from "
-            "using protected features. Target modules only, or set protect=False."
+            "using protected features. (In transformers 5 the experts of a mixture are such parameters, also where "
+            "'all-linear' or their old names ask for them.) Use other target_modules, such as ['q_proj', 'k_proj', "
+            "'v_proj', 'o_proj'], or set protect=False."
         )

@@ -13,6 +13,10 @@ Each row is a test in `tests/parity`, run by the same code on all three; this pa
 `make parity`. "refused" is an error that says why and what to do instead. Tested with peft {peft},
 transformers {transformers}, torch {torch}.
 
+With protected features, refused as well: DoRA and other variants whose update is not its two factors, trained biases of
+the base model, embeddings, convolutions and `target_parameters`, a head tied to the embedding, combining adapters that
+protect different features or were loaded only to be run, hot swapping while training, reducing intruder dimensions.
+
 """
 
 

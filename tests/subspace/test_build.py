@@ -182,7 +182,16 @@ def test_protection_alone_makes_a_subspace(llama, tokenizer, saes, tmp_path):
 )
 def test_protecting_what_is_not_there_is_refused_before_the_long_work(llama, tokenizer, saes, protect, error, message):
     with pytest.raises(error, match=message):
-        _build(llama, tokenizer, saes, aligned="no-such-file.jsonl", protect=protect)
+        _build(llama, tokenizer, saes, aligned=["red"] * 10**6, protect=protect)
+
+
+@pytest.mark.parametrize(
+    "broken", [{"aligned": "no.jsonl"}, {"unaligned": "no.jsonl"}, {"protect": (["a"], "no.jsonl")}]
+)
+def test_a_file_that_is_not_there_is_told_before_the_long_work(llama, tokenizer, saes, broken):
+    settings = {"aligned": ["red"] * 10**6, **broken}
+    with pytest.raises(DataError, match=r"data 'no.jsonl' cannot be opened"):
+        _build(llama, tokenizer, saes, **settings)
 
 
 def test_a_block_with_two_saes_needs_the_hook_point(llama, tokenizer):

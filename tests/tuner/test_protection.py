@@ -193,6 +193,8 @@ def test_it_holds_after_saving_and_loading_and_when_trained_on(tmp_path, freeze,
         next(p for n, p in again.named_parameters() if "lora_A" in n).requires_grad_(True)
         with pytest.raises(ConfigError, match="was made trainable although the adapter protects features"):
             again.save_pretrained(tmp_path / "unfrozen")
+        with pytest.raises(ConfigError, match="neither saved nor merged"):
+            again.merge_and_unload()
 
 
 def test_training_on_without_the_subspace_is_refused(tmp_path):
@@ -488,7 +490,7 @@ def test_adapters_loaded_only_to_be_run_are_not_combined_as_protected(tmp_path):
     adapted.save_pretrained(tmp_path)
     run = PeftModel.from_pretrained(make_model(), str(tmp_path))
     run.load_adapter(str(tmp_path), adapter_name="other")
-    with pytest.raises(ConfigError, match="loaded without its Subspace"):
+    with pytest.raises(ConfigError, match="'default' was loaded only to be run"):
         run.base_model.add_weighted_adapter(["default", "other"], [1, 1], "both", combination_type="ties", density=0.5)
 
 
