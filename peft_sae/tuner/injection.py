@@ -148,9 +148,8 @@ def _check_parameters(config: SaeSubspaceConfig) -> None:
         wish, remedy = ("freeze_basis=True", "freeze_basis=False") if config.freeze_basis else ("r='auto'", "a number")
         raise ConfigError(
             f"{wish} needs a basis, and target_parameters={sorted(config.target_parameters)} get none. (In "
-            "transformers 5 the experts of a mixture are such parameters, also where 'all-linear' or their old names ask "
-            "for them.) "
-            f"Use {remedy}, or other target_modules, such as ['q_proj', 'k_proj', 'v_proj', 'o_proj']."
+            "transformers 5 the experts of a mixture are such parameters, also where 'all-linear' or their old names "
+            f"ask for them.) Use {remedy}, or other target_modules, such as ['q_proj', 'k_proj', 'v_proj', 'o_proj']."
         )
 
 
