@@ -275,6 +275,8 @@ def _from_description(description: Mapping[str, Any], tensor_file: Path) -> Subs
 def _check_sense(subspace: Subspace) -> None:
     """Refuse content that is well-formed and belongs together, but is no basis of features."""
     depth = subspace.model.get("num_hidden_layers")
+    if not isinstance(subspace.model.get("model_type", ""), (str, type(None))):
+        raise ArtifactError(f"The Subspace's model_type is {subspace.model['model_type']!r}, no name. Build it again.")
     problems = []
     for sites in (subspace.sites, subspace.protected):
         hooks = [site.sae.hook_name for site in sites]
@@ -303,9 +305,12 @@ def _check_sense(subspace: Subspace) -> None:
 
 def _find_folder(path_or_id: str | Path) -> Path:
     path = Path(path_or_id)
-    for folder in (path, path / "subspace"):
-        if (folder / JSON_FILE).is_file():
-            return folder
+    try:
+        for folder in (path, path / "subspace"):
+            if (folder / JSON_FILE).is_file():
+                return folder
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{str(path)[:80]!r} is no path to a Subspace ({error}). Check it.") from error
     if path.exists():
         raise ArtifactError(
             f"'{path}' has no {JSON_FILE}, so it is no Subspace and no adapter with one. Give the folder that "

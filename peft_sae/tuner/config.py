@@ -129,13 +129,18 @@ class SaeSubspaceConfig(LoraConfig):
                 f"subspace is a {type(self.subspace).__name__}, from which no basis can be had. Give a Subspace, a "
                 "path, or a Hub id."
             )
-        if self.r != "auto" and (not isinstance(self.r, int) or isinstance(self.r, bool) or self.r < 1):
+        if self.r != "auto" and not _is_rank(self.r):
             raise ConfigError(f"r={self.r!r} is no rank. Give a positive integer or 'auto'.")
         _check_choice("layer_map", self.layer_map, _LAYER_MAPS)
         _check_choice("fill", self.fill, _FILLS)
         for name in ("freeze_basis", "norm_gain"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is neither true nor false.")
+        if not isinstance(self.sides, (dict, type(None))):
+            raise ConfigError(f"sides={self.sides!r} is no mapping. Give module names with 'read', 'write' or 'none'.")
+        patterns = self.rank_pattern if isinstance(self.rank_pattern, dict) else None
+        if patterns is None or not all(_is_rank(rank) for rank in patterns.values()):
+            raise ConfigError(f"rank_pattern={self.rank_pattern!r} is no mapping of names to positive integers.")
         for module, side in (self.sides or {}).items():
             _check_choice(f"sides[{module!r}]", side, _SIDES)
         names: Any = self.protect if isinstance(self.protect, list) else None
@@ -253,6 +258,10 @@ class SaeSubspaceConfig(LoraConfig):
             logger.warning("The adapter is saved without its Subspace, which is no longer there: %s", error)
             return None
         return subspace if subspace.digest == self.basis_record["digest"] else None
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -10,6 +10,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import ConfigError
 from ..layout import Side
@@ -69,7 +70,7 @@ class ProtectedLinear(nn.Module):
             The same shape and dtype. In float16 and bfloat16 it is orthogonal up to the rounding of the result.
         """
         if self._unseen.device != factor.device:
-            self._unseen = self._unseen.to(factor.device)
+            self._unseen = _moved(self._unseen, factor.device)
         # Under autocast the products would be rounded to a few digits, and the directions with them.
         with torch.autocast(device_type=factor.device.type, enabled=False):
             exact = factor if factor.dtype == torch.float64 else factor.float()
@@ -95,6 +96,18 @@ class ProtectedLinear(nn.Module):
         """The sizes, and how many directions are protected."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{sizes}, bias={self.raw_bias is not None}, side={self.side}, protected={self.count}"
+
+
+# Modules behind the same norm have the same directions, which move to a device once.
+_copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _moved(unseen: torch.Tensor, device: torch.device) -> torch.Tensor:
+    copies: dict[torch.device, torch.Tensor] = _copies.get(unseen, {})
+    _copies[unseen] = copies
+    if device not in copies:
+        copies[device] = unseen.to(device)
+    return copies[device]
 
 
 def _has_storage(tensor: torch.Tensor) -> bool:

@@ -40,6 +40,11 @@ class SubspaceInjection(_Tuner):
             _check_import(config, adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
+        if config.protects_something() and config.protect is False:
+            raise ConfigError(
+                "The configuration belongs to an adapter that protects features, and protect=False would let it use "
+                "them. Set protect=True, or basis_record=None to start a new adapter."
+            )
         before = dict(config.__dict__)
         subspace = resolve_subspace(config)
         if subspace is not None:
@@ -53,7 +58,7 @@ class SubspaceInjection(_Tuner):
             _adopt_plan(config, plan)
             self._plans: dict[str, dict[str, ModulePlan]] = {**getattr(self, "_plans", {}), adapter_name: plan.modules}
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except Exception:
+        except BaseException:
             config.__dict__.clear()
             config.__dict__.update(before)
             getattr(self, "_plans", {}).pop(adapter_name, None)

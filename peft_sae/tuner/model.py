@@ -62,7 +62,7 @@ class SaeSubspaceModel(SubspaceInjection, LoraModel):
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
             if not known:
                 _protect_again(self, adapter_name, guards)
-        except Exception:
+        except BaseException:
             if not known:
                 self.peft_config.pop(adapter_name, None)
             raise
@@ -189,7 +189,11 @@ def _common_protection(model: SaeSubspaceModel, adapters: list[str]) -> dict[str
 
 def _protect_again(model: SaeSubspaceModel, adapter_name: str, guards: Mapping[str, ProtectedLinear]) -> None:
     """Protect the factors of a combination, and record it, so that it is not trained on without its protection."""
-    modules: dict[str, dict[str, Any]] = model.peft_config[adapter_name].basis_record["modules"] if guards else {}
+    if not guards:
+        return
+    config = model.peft_config[adapter_name]
+    config.protect = True
+    modules: dict[str, dict[str, Any]] = config.basis_record["modules"]
     for name, guard in guards.items():
         factors = model.get_submodule(name)
         factors[adapter_name] = guard.like(factors[adapter_name])

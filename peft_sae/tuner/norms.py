@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from peft.utils.integrations import gather_params_ctx
 from torch import nn
 
@@ -39,12 +40,13 @@ class NormGains:
                 ) from error
             # DeepSpeed's ZeRO-3 leaves weights of size 0 in the module and gathers them on request.
             with gather_params_ctx(list(norm.parameters()), modifier_rank=None):
-                if any(parameter.shape != (width,) for parameter in norm.parameters()):
+                known = list(norm.parameters()) or "norm" in type(norm).__name__.lower()
+                if not known or any(parameter.shape != (width,) for parameter in norm.parameters()):
                     raise MismatchError(
                         f"The Subspace names {name!r} ({type(norm).__name__}) as a norm of width {width}, which it is "
                         "not. Use a Subspace of this model, or norm_gain=False."
                     )
-                gain = measure_norm(norm, width)
+                gain = self._measure(name, norm, width)
             if gain is None:
                 raise ConfigError(
                     f"The norm {name!r} is on the meta device while modules behind it are not, so its gain cannot be "
@@ -52,3 +54,16 @@ class NormGains:
                 )
             self._norms[name] = gain
         return self._norms[name]
+
+    @staticmethod
+    def _measure(name: str, norm: nn.Module, width: int) -> NormGain | None:
+        try:
+            gain = measure_norm(norm, width)
+        except (TypeError, RuntimeError, IndexError, AttributeError) as error:
+            raise MismatchError(
+                f"The Subspace names {name!r} ({type(norm).__name__}) as a norm, and it is none ({error}). Use a "
+                "Subspace of this model, or norm_gain=False."
+            ) from error
+        if gain is not None and not bool(torch.isfinite(gain.gain).all()):
+            raise MismatchError(f"The norm {name!r} returns NaN or infinity, so the model's weights are damaged.")
+        return gain

@@ -9,8 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -75,7 +74,7 @@ def _beside_lora(original: Function) -> Function:
         self.peft_type = peft_config.peft_type
         try:
             return original(self, adapter_name, peft_config, *args, **kwargs)
-        except Exception:
+        except BaseException:
             tuner.__class__ = own_class
             raise
         finally:
@@ -109,76 +108,78 @@ def _reduce_intruders(original: Function) -> Function:
     return reduce_intruder_dimension
 
 
+def _check_swap(original: Function) -> Function:
+    """Weights that would not be frozen or protected alike are refused."""
+
+    @functools.wraps(original)
+    def check_hotswap_configs_compatible(config0: Any, config1: Any) -> None:
+        original(config0, config1)
+        if isinstance(config0, SaeSubspaceConfig) and isinstance(config1, SaeSubspaceConfig):
+            config0.check_swap(config1)
+
+    return check_hotswap_configs_compatible
+
+
+def _hotswap(original: Function) -> Function:
+    """Hot swapping writes through `weight`, which for a protected factor is not the parameter.
+
+    What is recorded of an adapter's basis is afterwards that of the weights which were swapped in.
+    """
+
+    @functools.wraps(original)
+    def hotswap_adapter_from_state_dict(*args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(original).bind(*args, **kwargs).arguments
+        model, adapter_name, config = given["model"], given["adapter_name"], given.get("config")
+        refuse_protected(model, adapter_name)
+        result = original(*args, **kwargs)
+        own = getattr(model, "peft_config", {}).get(adapter_name)
+        if isinstance(own, SaeSubspaceConfig):
+            own.adopt_basis(config if isinstance(config, SaeSubspaceConfig) else None)
+        return result
+
+    return hotswap_adapter_from_state_dict
+
+
+def _pad(original: Function) -> Function:
+    """Padding for compiled hot swapping replaces the factors by larger ones, which would protect nothing."""
+
+    @functools.wraps(original)
+    def _pad_lora_weights(model: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_protected(model, None)
+        return original(model, *args, **kwargs)
+
+    return _pad_lora_weights
+
+
 def _load_in_transformers(original: Function) -> Function:
     """Hot swapping, which asks for the type LORA; and a frozen basis stays frozen."""
 
     @functools.wraps(original)
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(original).bind(self, *args, **kwargs).arguments
         loaded = self.peft_config if getattr(self, "_hf_peft_config_loaded", False) else {}
-        hotswap = kwargs.get("hotswap", "auto")
+        name, hotswap = given.get("adapter_name") or "default", given.get("hotswap", "auto")
         if hotswap == "auto":
-            hotswap = getattr(self, "_hotswap_enabled", False)
+            hotswap = getattr(self, "_hotswap_enabled", False) and name in loaded
         if not hotswap:
             with protecting_afterwards():
                 report = original(self, *args, **kwargs)
             _freeze_again(self)
             return report
-        name, folder = kwargs.get("adapter_name") or "default", args[0] if args else kwargs.get("peft_model_id")
-        ours = [config for config in loaded.values() if isinstance(config, SaeSubspaceConfig)]
-        with _swapping(self, name, folder), viewed_as_lora(*ours):
+        refuse_protected(self, name)
+        own, other = loaded.get(name), given.get("peft_config")
+        if isinstance(own, SaeSubspaceConfig) and other is None and given.get("peft_model_id") is not None:
+            other = peft.PeftConfig.from_pretrained(given["peft_model_id"], **(given.get("adapter_kwargs") or {}))
+        if isinstance(own, SaeSubspaceConfig) and isinstance(other, SaeSubspaceConfig):
+            own.check_swap(other)
+        with viewed_as_lora(*loaded.values()):
             report = original(self, *args, **kwargs)
+        if isinstance(own, SaeSubspaceConfig):
+            own.adopt_basis(other if isinstance(other, SaeSubspaceConfig) else None)
         _freeze_again(self)
         return report
 
     return load_adapter
-
-
-def _hotswap(original: Function) -> Function:
-    """What is recorded of an adapter's basis is that of the weights which are swapped in."""
-
-    @functools.wraps(original)
-    def hotswap_adapter(model: Any, model_name_or_path: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        with _swapping(model, adapter_name, model_name_or_path, kwargs.get("subfolder")):
-            return original(model, model_name_or_path, adapter_name, *args, **kwargs)
-
-    return hotswap_adapter
-
-
-def _hotswap_state_dict(original: Function) -> Function:
-    """Hot swapping writes through `weight`, which for a protected factor is not the parameter."""
-
-    @functools.wraps(original)
-    def hotswap_adapter_from_state_dict(model: Any, state_dict: Any, adapter_name: str, *args: Any, **kw: Any) -> Any:
-        refuse_protected(model, adapter_name)
-        return original(model, state_dict, adapter_name, *args, **kw)
-
-    return hotswap_adapter_from_state_dict
-
-
-def _prepare_hotswap(original: Function) -> Function:
-    """Padding replaces the factors by larger ones, which would protect nothing."""
-
-    @functools.wraps(original)
-    def prepare_model_for_compiled_hotswap(model: Any, *args: Any, **kwargs: Any) -> Any:
-        refuse_protected(model, None)
-        return original(model, *args, **kwargs)
-
-    return prepare_model_for_compiled_hotswap
-
-
-@contextmanager
-def _swapping(model: Any, adapter_name: str, folder: Any, subfolder: str | None = None) -> Iterator[None]:
-    """Refuse what would not be frozen or protected alike; afterwards the configuration is that of the new weights."""
-    refuse_protected(model, adapter_name)
-    config = model.peft_config.get(adapter_name)
-    if not isinstance(config, SaeSubspaceConfig):
-        yield
-        return
-    other = peft.PeftConfig.from_pretrained(folder, subfolder=subfolder) if folder is not None else None
-    if isinstance(other, SaeSubspaceConfig):
-        config.check_swap(other)
-    yield
-    config.adopt_basis(other if isinstance(other, SaeSubspaceConfig) else None)
 
 
 def _freeze_again(model: Any) -> None:
@@ -193,11 +194,14 @@ def _find_subspace_beside(original: Function) -> Function:
     """`PeftConfig.from_pretrained` builds our class without telling it the folder that it read."""
 
     @functools.wraps(original)
-    def from_pretrained(cls: type, path: Any, subfolder: str | None = None, **kwargs: Any) -> Any:
-        config = original(cls, path, subfolder, **kwargs)
-        beside = Path(path, subfolder or "", SUBSPACE_FOLDER)
-        if isinstance(config, SaeSubspaceConfig) and config.subspace == BESIDE and beside.is_dir():
-            config.subspace = str(beside)
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
+        config = original(cls, *args, **kwargs)
+        if isinstance(config, SaeSubspaceConfig) and config.subspace == BESIDE:
+            given = inspect.signature(original).bind(cls, *args, **kwargs).arguments
+            path, subfolder = given["pretrained_model_name_or_path"], given.get("subfolder")
+            beside = Path(path, subfolder or "", SUBSPACE_FOLDER)
+            if beside.is_dir():
+                config.subspace = str(beside)
         return config
 
     return from_pretrained
@@ -238,22 +242,23 @@ PATCHES = (
     Patch("peft.peft_model", "PeftModel._get_peft_specific_model_tags", 'if peft_method == "LORA":', _tag_model_card),
     Patch(
         "peft.utils.hotswap",
-        "hotswap_adapter_from_state_dict",
-        "old_val.data.copy_(new_val.data)",
-        _hotswap_state_dict,
+        "check_hotswap_configs_compatible",
+        "if config0.peft_type not in CONFIG_KEYS_TO_CHECK:",
+        _check_swap,
         guards=True,
     ),
     Patch(
         "peft.utils.hotswap",
-        "hotswap_adapter",
-        "check_hotswap_configs_compatible(model.active_peft_config, config)",
+        "hotswap_adapter_from_state_dict",
+        "old_val.data.copy_(new_val.data)",
         _hotswap,
+        guards=True,
     ),
     Patch(
         "peft.utils.hotswap",
-        "prepare_model_for_compiled_hotswap",
-        "padding_found_adapter = _pad_lora_weights(model, target_rank=target_rank)",
-        _prepare_hotswap,
+        "_pad_lora_weights",
+        "def _pad_lora_weights(model: torch.nn.Module, target_rank: int) -> bool:",
+        _pad,
         guards=True,
     ),
     Patch(
@@ -294,12 +299,17 @@ def _apply(patch: Patch) -> bool:
         holder = getattr(holder, part, None)
     found = vars(holder).get(name) if holder is not None else None
     function = found.__func__ if isinstance(found, classmethod) else found
-    # A package that is imported anew wraps the function itself, not the earlier wrapper.
-    function = getattr(function, "__peft_sae_original__", function)
-    if function is None or patch.line not in inspect.getsource(function):
+    # A package that is imported anew wraps the function itself, not its own earlier wrapper (but another package's).
+    if getattr(function, "__peft_sae_wrapper__", None) is function:
+        function = getattr(function, "__peft_sae_original__", None)
+    try:
+        if function is None or patch.line not in inspect.getsource(function):
+            return False
+    except (OSError, TypeError):  # there is no source to look at
         return False
     wrapped: Any = patch.wrap(function)
     wrapped.__peft_sae_original__ = function
+    wrapped.__peft_sae_wrapper__ = wrapped
     wrapped = classmethod(wrapped) if isinstance(found, classmethod) else wrapped
     setattr(holder, name, wrapped)
     for other in _other_names(patch, found):

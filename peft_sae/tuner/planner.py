@@ -19,7 +19,7 @@ from .config import SaeSubspaceConfig
 from .module_plan import ModulePlan, asked_rank
 from .norms import NormGains
 from .protection import Protection
-from .sites import Place, nearest_site, own_sites, sites_of_role
+from .sites import Place, nearest_site, own_sites, sites_of_role, width_of
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class Planner:
         if role is None or site is None:
             return replace(self._plain(name, module), **unseen)
         norm_name = place.norm(role) if self._config.norm_gain else None
-        width = _width(module, role.side)
+        width = width_of(module, role.side)
         if width is not None and width != site.sae.d_in:
             raise MismatchError(
                 f"Target {name!r} is {width} wide on its {role.side} side, and the basis at {site.sae.hook_name} is "
@@ -127,7 +127,7 @@ class Planner:
 
     def _plain(self, name: str, module: nn.Module) -> ModulePlan:
         """A module that no basis belongs to: plain LoRA."""
-        if _width(module, "read") is None and not isinstance(module, _PLAIN_TYPES):
+        if width_of(module, "read") is None and not isinstance(module, _PLAIN_TYPES):
             raise ConfigError(
                 f"Target {name!r} is a {type(module).__name__}, which LoRA cannot adapt. Take it out of target_modules."
             )
@@ -275,10 +275,3 @@ def _default_role(side: str) -> ModuleRole:
     if side == "write":
         return ModuleRole(side="write", site="resid_post")
     return ModuleRole(side="read", site="resid_pre")
-
-
-def _width(module: nn.Module, side: str) -> int | None:
-    if isinstance(module, Conv1D):
-        return int(module.weight.shape[0 if side == "read" else 1])
-    width = getattr(module, "in_features" if side == "read" else "out_features", None)
-    return None if width is None else int(width)

@@ -18,7 +18,7 @@ from .basis import orthonormal_rows, unseen_through_norm
 from .config import SaeSubspaceConfig
 from .norms import NormGains
 from .registration import missing_guards
-from .sites import Place
+from .sites import Place, width_of
 
 logger = logging.getLogger(__name__)
 
@@ -87,22 +87,29 @@ class Protection:
             )
         fields: dict[str, Any] = {}
         for role in place.roles:
-            rows = self._role_rows(name, role, place)
+            rows = self._role_rows(name, module, role, place)
             if rows is not None:
                 fields[f"protected_{role.side}"] = rows.shape[0]
                 fields[f"unseen_{role.side}"] = rows
         return fields
 
-    def _role_rows(self, name: str, role: ModuleRole, place: Place) -> torch.Tensor | None:
+    def _role_rows(self, name: str, module: nn.Module, role: ModuleRole, place: Place) -> torch.Tensor | None:
         heads = role.site == "z"
         found = [
-            directions
+            (site, directions)
             for site, directions in self._directions
             if (site.sae.site == Site(place.block, "z") if heads else site.sae.site.kind != "z")
         ]
         if not found:
             return None
-        directions = torch.cat(found)
+        width = width_of(module, role.side)
+        for site, _ in found:
+            if site.sae.d_in != width:
+                raise MismatchError(
+                    f"Target {name!r} is {width} wide on its {role.side} side, and the protected features at "
+                    f"{site.sae.hook_name} are {site.sae.d_in} wide. Use a Subspace of this model."
+                )
+        directions = torch.cat([directions for _, directions in found])
         key = (role.side, place.norm(role), place.block if heads else None)
         if key not in self._rows:
             self._rows[key] = self._measure(name, directions, role.side, place.norm(role))

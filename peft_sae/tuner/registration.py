@@ -104,15 +104,14 @@ def register_classes(config_cls: type, model_cls: type) -> None:
 @contextmanager
 def viewed_as_lora(*configs: Any) -> Iterator[None]:
     """Give configurations the type LORA for the time of a call into code that does its work for no other."""
-    kept = [(config, config.peft_type) for config in configs]
-    for config in configs:
-        if config.peft_type == PeftType(NAME):
-            config.peft_type = PeftType.LORA
+    ours = [config for config in configs if config.peft_type == PeftType(NAME)]
+    for config in ours:
+        config.peft_type = PeftType.LORA
     try:
         yield
     finally:
-        for config, peft_type in kept:
-            config.peft_type = peft_type
+        for config in ours:
+            config.peft_type = PeftType(NAME)
 
 
 def _add_enum_member() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
 from ..layout import ModuleRole, Site
 from ..subspace import SubspaceSite
 
@@ -79,3 +82,11 @@ def own_sites(sites: Sequence[SubspaceSite], role: ModuleRole, block: int) -> li
 
 def _half_steps(site: Site) -> int:
     return site.half_steps or 0
+
+
+def width_of(module: nn.Module, side: str) -> int | None:
+    """Width of a linear module on one side; None for others."""
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0 if side == "read" else 1])
+    width = getattr(module, "in_features" if side == "read" else "out_features", None)
+    return None if width is None else int(width)

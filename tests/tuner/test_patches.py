@@ -1,12 +1,16 @@
 """What is changed in PEFT and transformers: only where the line stands that it answers, and only for our type."""
 
+import functools
+import importlib
+import inspect
+
 import pytest
 from peft import LoHaConfig, LoraConfig, PeftConfig, PeftType, get_peft_model
 from peft.tuners.lora import intruders
 from peft.utils import hotswap
 
 from peft_sae import SaeSubspaceConfig
-from peft_sae.errors import UnsupportedPeftError
+from peft_sae.errors import ConfigError, UnsupportedPeftError
 from peft_sae.tuner import patches
 from peft_sae.tuner.patches import Patch, apply_patches
 from peft_sae.tuner.registration import missing_guards, viewed_as_lora
@@ -106,3 +110,55 @@ def test_configurations_of_other_types_are_read_as_before(tmp_path):
     config = PeftConfig.from_pretrained(str(tmp_path))
     assert type(config) is LoraConfig
     assert config.r == 3
+
+
+def test_every_wrapper_takes_the_names_that_the_function_takes(tmp_path):
+    LoraConfig(r=3).save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(pretrained_model_name_or_path=str(tmp_path)).r == 3
+    for patch in patches.PATCHES:
+        holder = importlib.import_module(patch.module)
+        *owner, name = patch.name.split(".")
+        for part in owner:
+            holder = getattr(holder, part)
+        wrapper = inspect.unwrap(getattr(holder, name), stop=lambda f: not hasattr(f, "__wrapped__"))
+        assert callable(wrapper)
+        taken = inspect.signature(getattr(holder, name), follow_wrapped=False).parameters
+        asked = inspect.signature(getattr(holder, name)).parameters
+        flexible = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
+        assert flexible or set(asked) <= set(taken), patch.name
+        named = {key for key, parameter in taken.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD}
+        assert named <= set(asked) | {"self", "cls"}, patch.name
+
+
+def test_a_function_that_was_imported_before_is_guarded_too():
+    """What user code has bound keeps pointing at PEFT's function; the guard sits in what that function calls."""
+    model = make_model()
+    subspace = make_subspace(model, protected={"blocks.0.hook_resid_post": 1})
+    adapted = get_peft_model(model, SaeSubspaceConfig(subspace=subspace, r=2, target_modules=["q_proj"]))
+    unpatched = inspect.unwrap(hotswap.prepare_model_for_compiled_hotswap)
+    with pytest.raises(ConfigError, match="being trained with protected features"):
+        unpatched(adapted, target_rank=8)
+
+
+def test_without_source_a_patch_is_told_as_missing(monkeypatch):
+    def no_source(_):
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr(patches.inspect, "getsource", no_source)
+    assert not patches._apply(patches.PATCHES[0])
+
+
+def test_another_packages_wrapper_around_ours_stays():
+    ours = hotswap.check_hotswap_configs_compatible
+
+    @functools.wraps(ours)
+    def theirs(*args):
+        return ours(*args)
+
+    try:
+        hotswap.check_hotswap_configs_compatible = theirs
+        patch = next(p for p in patches.PATCHES if p.name == "check_hotswap_configs_compatible")
+        patches._apply(patch)
+        assert hotswap.check_hotswap_configs_compatible.__peft_sae_original__ in (theirs, ours)
+    finally:
+        hotswap.check_hotswap_configs_compatible = ours

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -574,3 +575,23 @@ def test_what_lies_along_protected_features_is_left_out_of_the_basis():
         span = subspace.sites[0].basis
         assert columns.shape == (32, 3)
         torch.testing.assert_close(span.T @ (span @ columns), columns, rtol=0, atol=1e-2)
+
+
+def test_protected_features_of_another_width_are_refused():
+    model = make_model()
+    subspace = make_subspace(model, protected={"blocks.0.hook_resid_post": 1})
+    guard = subspace.protected[0]
+    narrow = dataclasses.replace(guard, sae=dataclasses.replace(guard.sae, d_in=16), directions=torch.ones(1, 16) / 4)
+    config = SaeSubspaceConfig(
+        subspace=dataclasses.replace(subspace, protected=(narrow,)), r=4, target_modules=["o_proj"]
+    )
+    with pytest.raises(MismatchError, match=r"32 wide on its write side, and the protected features at .* are 16 wide"):
+        get_peft_model(model, config)
+
+
+def test_a_saved_protection_cannot_be_switched_off_in_the_file(tmp_path):
+    adapt(make_model()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "protect": False}))
+    with pytest.raises(ConfigError, match="protect=False would let it use them"):
+        PeftModel.from_pretrained(make_model(), str(tmp_path), is_trainable=True)
