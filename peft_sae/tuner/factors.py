@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -99,7 +100,7 @@ class ProtectedLinear(nn.Module):
 
 
 # Modules behind the same norm have the same directions, which move to a device once.
-_copies: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_copies: Any = WeakIdKeyDictionary()
 
 
 def _moved(unseen: torch.Tensor, device: torch.device) -> torch.Tensor:
