@@ -120,8 +120,6 @@ def test_every_wrapper_takes_the_names_that_the_function_takes(tmp_path):
         *owner, name = patch.name.split(".")
         for part in owner:
             holder = getattr(holder, part)
-        wrapper = inspect.unwrap(getattr(holder, name), stop=lambda f: not hasattr(f, "__wrapped__"))
-        assert callable(wrapper)
         taken = inspect.signature(getattr(holder, name), follow_wrapped=False).parameters
         asked = inspect.signature(getattr(holder, name)).parameters
         flexible = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values())
@@ -159,6 +157,6 @@ def test_another_packages_wrapper_around_ours_stays():
         hotswap.check_hotswap_configs_compatible = theirs
         patch = next(p for p in patches.PATCHES if p.name == "check_hotswap_configs_compatible")
         patches._apply(patch)
-        assert hotswap.check_hotswap_configs_compatible.__peft_sae_original__ in (theirs, ours)
+        assert hotswap.check_hotswap_configs_compatible.__peft_sae_original__ is theirs
     finally:
         hotswap.check_hotswap_configs_compatible = ours
