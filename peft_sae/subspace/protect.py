@@ -30,7 +30,18 @@ Protect: TypeAlias = "Sequence[str] | tuple[Data, Data]"
 def find_protected(
     protect: Protect | None, saes: Sequence[SaeHandle], contrast: Callable[[Data, Data], Selection]
 ) -> Sequence[str] | Selection:
-    """Names are checked before the long work; a pair of sets is worked on."""
+    """Return what is protected: names, checked before the long work, or the selection that a pair of sets gives.
+
+    Args:
+        protect: names of features, two sets of text, or None for nothing.
+        saes: the SAEs that names can mean.
+        contrast: selects the features in which the two sets differ most.
+
+    Raises:
+        ConfigError: it is neither.
+        SelectionError: a name means no feature.
+        DataError: a file of texts cannot be opened.
+    """
     if protect is None:
         return ()
     if isinstance(protect, str):
@@ -56,7 +67,12 @@ def sae_key(sae: SaeIdentity) -> tuple[str, str]:
 
 
 def protected_ids(protect: Sequence[str] | Selection, saes: Sequence[SaeHandle]) -> dict[tuple[str, str], list[int]]:
-    """Protected feature ids by the key of their SAE."""
+    """Return protected feature ids by the key of their SAE.
+
+    Raises:
+        ConfigError: `protect` is one text.
+        SelectionError: a name means no feature.
+    """
     if isinstance(protect, Selection):
         return {sae_key(chosen.sae): chosen.features.tolist() for chosen in protect.sites}
     if isinstance(protect, str):
@@ -71,7 +87,11 @@ def protected_ids(protect: Sequence[str] | Selection, saes: Sequence[SaeHandle])
 
 
 def without_protected(chosen: SelectedFeatures, guarded: Sequence[int]) -> SelectedFeatures:
-    """Protection goes before selection."""
+    """Return the chosen features without the protected ones: protection goes before selection, which the log tells.
+
+    Raises:
+        SelectionError: none is left.
+    """
     kept = ~torch.isin(chosen.features, torch.tensor(guarded, dtype=torch.int64))
     if bool(kept.all()):
         return chosen
