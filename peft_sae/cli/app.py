@@ -97,7 +97,7 @@ def select(
     from ..sae import load_saes
     from ..selection import select_features
     from ..statistics import FeatureStatistics, collect_statistics
-    from ..statistics.data import check_data
+    from ..statistics.records import check_data
     from ..statistics.statistics import STATISTICS_FILES
     from ..subspace.artifact import SUBSPACE_FILES
     from ..subspace.build import subspace_from_selection

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 
 from ..errors import SelectionError
-from ..statistics.statistics import FeatureMoments
+from ..statistics.moments import FeatureMoments
 
 # Scores the features of one SAE from its moments on the aligned and on the unaligned texts.
 ScoreFunction: TypeAlias = Callable[[FeatureMoments, FeatureMoments], torch.Tensor]

@@ -10,7 +10,8 @@ import torch
 
 from ..errors import SelectionError
 from ..sae.identity import SaeIdentity
-from ..statistics.statistics import FeatureMoments, FeatureStatistics
+from ..statistics.moments import FeatureMoments
+from ..statistics.statistics import FeatureStatistics
 from .registry import Selector, get_selector
 
 

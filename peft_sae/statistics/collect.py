@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence, Sized
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,18 +15,23 @@ from tqdm.auto import tqdm
 
 from ..errors import ConfigError, DataError
 from ..sae.load import SaeHandle, as_handles, check_distinct
-from ..sae.placement import check_placement
+from ..sae.placement import Tap, check_placement
+from .accumulate import POOLINGS, ClassSums, NotFinite, Pooling
+from .batches import Batch, iterate_batches
 from .capture import Capture, capturing
-from .data import Batch, Data, Example, ExampleReader, TokenChoice, iterate_batches, iterate_records
-from .statistics import FeatureMoments, FeatureStatistics
+from .data import Example, ExampleReader, TokenChoice
+from .gradient import GradientCapture, Objective, capturing_gradients
+from .moments import FeatureMoments
+from .parts import Measures
+from .records import Data, iterate_records
+from .share import Share, join
+from .state import Progress, StateFile
+from .statistics import FeatureStatistics, add_digests
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-# At most this many feature activations exist at a time: 256 MiB in float32.
-_CHUNK_ELEMENTS = 2**26
 
 
 def collect_statistics(
@@ -32,8 +41,14 @@ def collect_statistics(
     saes: Sequence[SaeHandle],
     *,
     tokens: TokenChoice = "all",
+    pooling: Pooling = "token",
+    measures: Measures | None = None,
+    attribute: Objective | None = None,
     batch_size: int = 8,
     max_length: int | None = None,
+    state: str | Path | None = None,
+    save_every: float = 60.0,
+    distributed: bool | None = None,
     progress: bool = True,
 ) -> FeatureStatistics:
     """Run a model over labelled texts and sum up what every SAE feature does on each label.
@@ -43,26 +58,45 @@ def collect_statistics(
     text do not count; the words of a chat template do. The model is left as it was found.
 
     Args:
-        model: the plain Hugging Face model, on any device, in any dtype.
+        model: the plain Hugging Face model, on any device or several, in any dtype.
         tokenizer: its tokenizer (a fast one).
         data: label to data set, usually `{"aligned": ..., "unaligned": ...}`. A data set is a
             `datasets.Dataset`, an iterable, or the path of a JSONL file. Its records are strings, or
             mappings with `text`, with `prompt` and `completion`, or with `messages`.
         saes: from `load_saes`; SAE objects of sae-lens will do.
-        tokens: count `all` tokens, those of the `prompt`, or those of the `response`.
+        tokens: count `all` tokens, those of the `response` (the completion, or the assistant's last turn), of the
+            `prompt` before it, or of every turn of the `assistant`.
+        pooling: what is one observation: each `token`; or each example, by the `mean` or the `max` over its counted
+            tokens, or by the `last` of them. With `token`, long texts count for more.
+        measures: what else is measured: histograms for `auroc`, a sample of examples for `probe`, the texts that
+            activate each feature most, the covariance of the raw activations.
+        attribute: instead of activations, sum up attributions: each feature's activation times the gradient, along its
+            decoder row, of this objective (`log_likelihood`, `logit_difference(...)` of `peft_sae.statistics.gradient`,
+            or a function of your own). It is the first-order estimate of what the objective would lose without the
+            feature (attribution patching, arXiv 2310.10348; on SAE features arXiv 2403.19647). `tokens` then says which
+            tokens the objective is about, and every token of the text is observed. Needs a whole forward and backward
+            pass.
         batch_size: texts per forward pass.
         max_length: tokens per text; longer texts are cut at the end, and their number is recorded and
             logged. By default the model's context length.
-        progress: show a progress bar.
+        state: file to write the state to now and then. If it is there, the run goes on from it; texts that are done are
+            read and tokenised again, to see that they are the same, but not run. Remove it when you have saved the
+            statistics.
+        save_every: seconds between two states.
+        distributed: where `torch.distributed` is initialised (by accelerate, for instance), each process reads its
+            share of the records and all get the whole result, so all must call this. False makes this process read them
+            all.
+        progress: show a progress bar (in the first process).
 
     Returns:
         Per label and SAE the count, sum, sum of squares, firing count and maximum of each feature.
 
     Raises:
-        DataError: a data set is empty or malformed, no token of it counts, or activations are not
-            finite.
+        DataError: a data set is empty or malformed, no token of it counts, activations are not
+            finite, or the data are not those of the state.
         MismatchError: an SAE does not belong to the model.
-        ConfigError: an argument is out of range.
+        ConfigError: an argument is out of range, or `state` is of another run.
+        ArtifactError: `state` is damaged or cannot be written. It is left as it was.
     """
     if not isinstance(data, Mapping) or not data or not all(isinstance(label, str) for label in data):
         raise ConfigError(
@@ -71,89 +105,222 @@ def collect_statistics(
         )
     if batch_size < 1:
         raise ConfigError(f"batch_size={batch_size} processes nothing. Use 1 or more.")
-    saes = as_handles(saes)
-    check_distinct(saes)
-    taps = check_placement(model, saes)
-    limit = _context_length(model, max_length)
-    prepend_bos = any(handle.prepend_bos for handle in saes)
-    moments, examples, truncated = {}, {}, {}
-    with capturing(model, taps) as capture:
-        for label, records in data.items():
-            reader = ExampleReader(tokenizer, tokens=tokens, max_length=limit, prepend_bos=prepend_bos)
-            sums = _Sums(saes)
-            batches = iterate_batches(
-                _read(records, label, reader), batch_size=batch_size, pad_id=tokenizer.pad_token_id or 0
+    if pooling not in POOLINGS:
+        raise ConfigError(f"pooling={pooling!r} is unknown. Choose one of {POOLINGS}.")
+    share = Share.of_this_process(distributed)
+    try:
+        saes = as_handles(saes)
+        check_distinct(saes)
+        taps = check_placement(model, saes)
+        limit = _context_length(model, max_length)
+        settings = {
+            "model": model_description(model),
+            "tokens": tokens,
+            "pooling": pooling,
+            "quantity": "activation" if attribute is None else "attribution",
+            "max_length": limit,
+        }
+        collection = _Collection(saes, settings, measures or Measures(), share, batch_size, progress)
+        _check_measures(collection.measures, attribute, saes)
+        identities = [handle.identity.to_dict() for handle in saes]
+        run = {"labels": list(data), "saes": identities, "batch_size": batch_size, "share": [share.rank, share.world]}
+        run |= {
+            **settings,
+            "measures": asdict(collection.measures),
+            "objective": getattr(attribute, "__qualname__", ""),
+        }
+        file = StateFile(state, run, share, save_every)
+        collection.resume(file)
+        prepend_bos = any(handle.prepend_bos for handle in saes)
+        with _capturing(model, taps, attribute) as capture:
+            for label, records in data.items():
+                reader = ExampleReader(tokenizer, tokens=tokens, max_length=limit, prepend_bos=prepend_bos)
+                collection.read(label, records, reader, tokenizer.pad_token_id or 0, capture)
+        own: FeatureStatistics | Exception = collection.statistics
+    except Exception as error:
+        own = error
+    statistics = join(own, share)
+    _check_counts(statistics, tokens)
+    return statistics
+
+
+def _capturing(
+    model: PreTrainedModel, taps: Sequence[Tap], attribute: Objective | None
+) -> AbstractContextManager[Capture]:
+    return capturing(model, taps) if attribute is None else capturing_gradients(model, taps, attribute)
+
+
+class _Collection:
+    """The statistics of one run, as far as it has come."""
+
+    def __init__(
+        self,
+        saes: Sequence[SaeHandle],
+        settings: Mapping[str, Any],
+        measures: Measures,
+        share: Share,
+        batch_size: int,
+        progress: bool,
+    ) -> None:
+        self.measures = measures
+        self._saes, self._settings, self._share = saes, settings, share
+        self._batch_size, self._progress = batch_size, progress and share.rank == 0
+        self._counted: dict[str, dict[str, Any]] = {"examples": {}, "truncated": {}, "data": {}}
+        self._moments: dict[str, tuple[FeatureMoments, ...]] = {}
+        self._batches: dict[str, int] = {}
+        self._earlier: Progress | None = None
+        self._file: StateFile | None = None
+
+    @property
+    def statistics(self) -> FeatureStatistics:
+        """What is summed up so far."""
+        counted = {name: dict(found) for name, found in self._counted.items()}
+        return FeatureStatistics(
+            tuple(handle.identity for handle in self._saes), dict(self._moments), {**self._settings, **counted}
+        )
+
+    def resume(self, file: StateFile) -> None:
+        """Go on from what a file holds, and write to it."""
+        self._file, self._earlier = file, file.read()
+        if self._earlier is not None:
+            done = dict(self._earlier.batches)
+            logger.warning("Going on from an earlier run: %s batches are done.", done)
+
+    def read(self, label: str, data: Data, reader: ExampleReader, pad_id: int, capture: Capture) -> None:
+        """Run all texts of one class, except those that an earlier run has done."""
+        done = 0 if self._earlier is None else int(self._earlier.batches.get(label, 0))
+        sums = [ClassSums(handle, self._settings["pooling"], self.measures) for handle in self._saes]
+        earlier = self._earlier.statistics.moments[label] if self._earlier is not None and done else None
+        self._counted["examples"][label], self._counted["data"][label] = 0, f"{0:064x}"
+        batches = iterate_batches(self._examples(data, label, reader), batch_size=self._batch_size, pad_id=pad_id)
+        number = 0
+        with tqdm(total=_length(data), desc=f"statistics ({label})", unit=" texts", disable=not self._progress) as bar:
+            for number, batch in enumerate(batches, start=1):
+                self._count(label, batch)
+                self._counted["truncated"][label] = reader.truncated
+                if number == done:
+                    self._check_same(label)
+                if number > done:
+                    self._add(sums, batch, capture, label)
+                bar.update(len(batch.ids) * self._share.world)
+                if number > done and self._file is not None and self._file.due:
+                    self._finish(label, number, sums, earlier)
+        if number < done:
+            raise DataError(_CHANGED.format(label))
+        self._counted["truncated"][label] = reader.truncated
+        self._finish(label, number, sums, earlier)
+        if reader.truncated:
+            examples = self._counted["examples"][label]
+            logger.warning(
+                "%d of %d %s texts were cut at %d tokens.",
+                reader.truncated,
+                examples,
+                label,
+                self._settings["max_length"],
             )
-            with tqdm(total=_length(records), desc=f"statistics ({label})", unit=" texts", disable=not progress) as bar:
-                for batch, count in batches:
-                    sums.add(batch, capture, label)
-                    bar.update(count)
-            moments[label] = sums.finish(label, tokens)
-            examples[label], truncated[label] = sums.examples, reader.truncated
-            if reader.truncated:
-                logger.warning(
-                    "%d of %d %s texts were cut at %d tokens.", reader.truncated, sums.examples, label, limit
-                )
-    settings = {
-        "model": model_description(model),
-        "tokens": tokens,
-        "max_length": limit,
-        "examples": examples,
-        "truncated": truncated,
-    }
-    return FeatureStatistics(tuple(handle.identity for handle in saes), moments, settings)
 
+    def _examples(self, data: Data, label: str, reader: ExampleReader) -> Iterator[Example]:
+        for number, record in enumerate(iterate_records(data, label)):
+            if not self._share.has(number):
+                continue
+            try:
+                yield reader.read(record, number)
+            except DataError as error:
+                raise DataError(f"In the {label} data: {error}") from error
 
-class _Sums:
-    """Running moments of one class, one per SAE."""
+    def _count(self, label: str, batch: Batch) -> None:
+        self._counted["examples"][label] += len(batch.ids)
+        entries = [self._counted["data"][label]]
+        for row, length, number in zip(
+            batch.ids.tolist(), batch.attention.sum(1).tolist(), batch.numbers.tolist(), strict=True
+        ):
+            entries.append(hashlib.sha256(f"{number}:{row[:length]}".encode()).hexdigest())
+        self._counted["data"][label] = add_digests(*entries)
 
-    def __init__(self, saes: Sequence[SaeHandle]) -> None:
-        self._saes = saes
-        self._moments = [FeatureMoments.empty(handle.identity.d_sae) for handle in saes]
-        self.examples = 0
-
-    def add(self, batch: Batch, capture: Capture, label: str) -> None:
-        """Run one batch and add its tokens."""
-        first, self.examples = self.examples, self.examples + batch.ids.shape[0]
+    def _add(self, sums: list[ClassSums], batch: Batch, capture: Capture, label: str) -> None:
         if not bool(batch.counted.any()):
             return
-        for index, activations in enumerate(capture.run(batch.ids, batch.attention)):
-            chosen = activations[batch.counted.to(activations.device)]
-            handle = self._saes[index]
-            chunk = max(1, _CHUNK_ELEMENTS // handle.identity.d_sae)
-            for part in torch.split(chosen, chunk):
-                added = FeatureMoments.of(handle.encode(part))
-                if not bool(torch.isfinite(added.total_squares).all()) or not bool(torch.isfinite(part).all()):
-                    raise DataError(
-                        f"Activations at {handle.identity.hook_name} are NaN or infinite in the {label} texts "
-                        f"{first} to {self.examples - 1} (sorted by length within their pool). Load the model in "
-                        "bfloat16 or float32 instead of float16, or remove the text."
-                    )
-                self._moments[index] = self._moments[index] + added
+        gradients: Sequence[torch.Tensor | None] = [None] * len(sums)
+        if isinstance(capture, GradientCapture):
+            activations, gradients = capture.run_with_gradients(batch)
+            batch = Batch(batch.ids, batch.attention, batch.ordinary, batch.ordinary, batch.numbers)
+        else:
+            activations = capture.run(batch.ids, batch.attention)
+        for handle, one, activation, gradient in zip(self._saes, sums, activations, gradients, strict=True):
+            try:
+                one.add(activation, batch, gradient)
+            except NotFinite as error:
+                numbers = sorted(batch.numbers.tolist())
+                raise DataError(
+                    f"Activations at {handle.identity.hook_name} are NaN or infinite in one of the {label} texts "
+                    f"{numbers}. Load the model in bfloat16 or float32 instead of float16, or remove the text."
+                ) from error
 
-    def finish(self, label: str, tokens: str) -> tuple[FeatureMoments, ...]:
-        """Return the sums after checking that there is something in them."""
-        if self.examples == 0:
+    def _check_same(self, label: str) -> None:
+        assert self._earlier is not None
+        if self._earlier.statistics.settings["data"].get(label) != self._counted["data"][label]:
+            raise DataError(_CHANGED.format(label))
+
+    def _finish(
+        self, label: str, number: int, sums: list[ClassSums], earlier: tuple[FeatureMoments, ...] | None
+    ) -> None:
+        """Put down what there is of a class, in the file too."""
+        found = tuple(one.finish() for one in sums)
+        if earlier is not None:
+            found = tuple(before + now for before, now in zip(earlier, found, strict=True))
+        fresh = number > (0 if self._earlier is None else int(self._earlier.batches.get(label, 0)))
+        self._moments[label], self._batches[label] = found, number
+        if self._file is not None and fresh and found[0].count:
+            self._file.write(Progress(self.statistics, self._batches))
+
+
+_CHANGED = (
+    "The {} data are not those of the run that the state is of, so its sums cannot be continued. Give the same data, "
+    "or remove the state to begin anew."
+)
+
+
+def _check_counts(statistics: FeatureStatistics, tokens: str) -> None:
+    """Check that there is something in every class."""
+    for label, moments in statistics.moments.items():
+        examples = statistics.settings["examples"][label]
+        if examples == 0:
             raise DataError(f"The {label} data set is empty, so it cannot be compared. Give at least one text.")
-        if self._moments[0].count == 0:
+        if moments[0].count == 0:
             raise DataError(
-                f"None of the {self.examples} {label} texts has a token that counts (tokens={tokens!r}; BOS and "
+                f"None of the {examples} {label} texts has a token that counts (tokens={tokens!r}; BOS and "
                 "padding never do). Give longer texts or another choice of tokens."
             )
-        return tuple(self._moments)
 
 
-def _read(records: Data, label: str, reader: ExampleReader) -> Iterator[Example]:
-    for number, record in enumerate(iterate_records(records, label)):
-        yield reader.read(record, number)
+def _check_measures(measures: Measures, attribute: Objective | None, saes: Sequence[SaeHandle]) -> None:
+    if attribute is None:
+        return
+    if measures.histograms:
+        raise ConfigError(
+            "Histograms are of activations, which are not negative, and attributions are. Collect them in a run of "
+            "their own."
+        )
+    scaled = [handle.identity.hook_name for handle in saes if handle.sae.cfg.normalize_activations in _AT_RUN_TIME]
+    if scaled:
+        raise ConfigError(
+            f"The SAEs at {scaled} rescale each token's activations, so their decoder rows are not the effect of a "
+            "feature on the stream, and attributions would be wrong. Use another selector."
+        )
+
+
+_AT_RUN_TIME = ("constant_norm_rescale", "layer_norm")
 
 
 def _length(records: Data) -> int | None:
-    return len(records) if isinstance(records, Sized) and not isinstance(records, str) else None
+    try:
+        return len(records) if isinstance(records, Sized) and not isinstance(records, str) else None
+    except TypeError:
+        return None
 
 
 def _context_length(model: PreTrainedModel, max_length: int | None) -> int:
-    limit = int(getattr(model.config, "max_position_embeddings", 0) or 0) or 2**31
+    limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0) or 2**31
     if max_length is None:
         return limit
     if not 2 <= max_length <= limit:
@@ -163,10 +330,10 @@ def _context_length(model: PreTrainedModel, max_length: int | None) -> int:
 
 def model_description(model: PreTrainedModel) -> dict[str, Any]:
     """Return what identifies a model: name, model_type, hidden_size, num_hidden_layers."""
-    config = model.config
+    config, text = model.config, model.config.get_text_config()
     return {
         "name": str(getattr(config, "_name_or_path", "") or ""),
         "model_type": str(config.model_type),
-        "hidden_size": int(getattr(config, "hidden_size", 0) or 0),
-        "num_hidden_layers": int(getattr(config, "num_hidden_layers", 0) or 0),
+        "hidden_size": int(getattr(text, "hidden_size", 0) or 0),
+        "num_hidden_layers": int(getattr(text, "num_hidden_layers", 0) or 0),
     }

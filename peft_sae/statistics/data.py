@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import torch
-
 from ..errors import ConfigError, DataError
+from .records import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-TokenChoice = Literal["all", "prompt", "response"]
-TOKEN_CHOICES = ("all", "prompt", "response")
-Data: TypeAlias = "str | Path | Iterable[str | Mapping[str, Any]]"
+TokenChoice = Literal["all", "prompt", "response", "assistant"]
+TOKEN_CHOICES = ("all", "prompt", "response", "assistant")
+
+_Spans: TypeAlias = "list[tuple[int, int]] | None"
+# What transformers looks for before it gives a mask of the assistant's tokens.
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -30,29 +31,18 @@ class Example:
     Attributes:
         ids: token ids, BOS included where there is one.
         counted: for each token, whether it is among those that were asked for.
+        ordinary: for each token, whether it is one of the text: neither BOS nor what the tokenizer adds.
+        number: place of the record in its data set.
         templated: whether a chat template rendered the text, and so has ended it as the model expects.
         cut: whether the text went on.
     """
 
     ids: list[int]
     counted: list[bool]
+    ordinary: list[bool]
+    number: int = 0
     templated: bool = False
     cut: bool = False
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Padded examples.
-
-    Attributes:
-        ids: int64 [batch, length], padded on the right.
-        attention: int64 [batch, length], 1 for tokens and 0 for padding.
-        counted: bool [batch, length], the tokens that enter the statistics.
-    """
-
-    ids: torch.Tensor
-    attention: torch.Tensor
-    counted: torch.Tensor
 
 
 class ExampleReader:
@@ -63,8 +53,8 @@ class ExampleReader:
 
     Args:
         tokenizer: a fast Hugging Face tokenizer.
-        tokens: which tokens count. `prompt` and `response` need records that tell them apart; of
-            messages, the response is what the assistant says.
+        tokens: which tokens count. `response` is the completion or, of messages, the assistant's last turn;
+            `prompt` is everything before it; `assistant` is all that the assistant says, in every turn.
         max_length: longer texts are cut at the end, and counted in `truncated`.
         prepend_bos: put BOS in front where the tokenizer does not do so itself.
 
@@ -91,12 +81,12 @@ class ExampleReader:
         self._prepend_bos = prepend_bos and tokenizer.bos_token_id is not None
         self.truncated = 0
 
-    def read(self, record: str | Mapping[str, Any], number: int) -> Example:
+    def read(self, record: Record, number: int) -> Example:
         """Tokenise one record.
 
         Args:
             record: the record.
-            number: its place in the data, for error messages.
+            number: its place in the data.
 
         Raises:
             DataError: the record has none of the known forms, or is empty.
@@ -112,36 +102,36 @@ class ExampleReader:
             verbose=False,
         )
         ids = list(encoding["input_ids"])
-        counted = [
-            not added and self._counts(start, end, spans)
-            for added, (start, end) in zip(encoding["special_tokens_mask"], encoding["offset_mapping"], strict=True)
-        ]
+        ordinary = [not added for added in encoding["special_tokens_mask"]]
+        counted = [self._counts(start, end, spans) for start, end in encoding["offset_mapping"]]
         if self._prepend_bos and (not ids or ids[0] != self._tokenizer.bos_token_id):
-            ids, counted = [self._tokenizer.bos_token_id, *ids], [False, *counted]
+            ids, counted, ordinary = [self._tokenizer.bos_token_id, *ids], [False, *counted], [False, *ordinary]
         ignored = {self._tokenizer.bos_token_id, self._tokenizer.pad_token_id}
         if self._tokenizer.pad_token_id == self._tokenizer.eos_token_id:
             ignored = {self._tokenizer.bos_token_id}  # here padding is known from the attention mask alone
-        counted = [keep and token not in ignored for keep, token in zip(counted, ids, strict=True)]
-        cut = len(ids) > self._max_length
-        if cut:
-            self.truncated += 1
-            ids, counted = ids[: self._max_length], counted[: self._max_length]
-        return Example(ids=ids, counted=counted, templated=templated, cut=cut)
+        ordinary = [keep and token not in ignored for keep, token in zip(ordinary, ids, strict=True)]
+        counted = [keep and real for keep, real in zip(counted, ordinary, strict=True)]
+        length = self._max_length
+        cut = len(ids) > length
+        self.truncated += cut
+        return Example(ids[:length], counted[:length], ordinary[:length], number, templated, cut)
 
-    def _counts(self, start: int, end: int, spans: list[tuple[int, int]] | None) -> bool:
+    def _counts(self, start: int, end: int, spans: _Spans) -> bool:
         """Whether the token at these characters counts, given the spans of the response."""
         if spans is None:
             return True
         # A token that straddles the border belongs to the response: it cannot be known before it.
         in_response = any(start < span_end and end > span_start for span_start, span_end in spans)
-        return in_response == (self._tokens == "response")
+        if self._tokens == "prompt":
+            return not in_response and (not spans or start < spans[0][0])
+        return in_response
 
-    def _render(self, record: str | Mapping[str, Any], number: int) -> tuple[str, list[tuple[int, int]] | None, bool]:
+    def _render(self, record: Record, number: int) -> tuple[str, _Spans, bool]:
         """The text, the character spans of the response if they matter, and whether it is templated."""
         if isinstance(record, str):
             text: str = record
         elif isinstance(record, Mapping) and "messages" in record:
-            return self._render_messages(record["messages"], number)
+            return self._render_messages(record["messages"], number, first=-1)
         elif isinstance(record, Mapping) and "prompt" in record and "completion" in record:
             return self._render_pair(record["prompt"], record["completion"], number)
         elif isinstance(record, Mapping) and isinstance(record.get("text"), str):
@@ -159,18 +149,19 @@ class ExampleReader:
             )
         return text, None, False
 
-    def _render_pair(self, prompt: Any, completion: Any, number: int) -> tuple[str, list[tuple[int, int]] | None, bool]:
+    def _render_pair(self, prompt: Any, completion: Any, number: int) -> tuple[str, _Spans, bool]:
         if isinstance(prompt, str) and isinstance(completion, str):
             spans = None if self._tokens == "all" else [(len(prompt), len(prompt) + len(completion))]
             return prompt + completion, spans, False
         if isinstance(prompt, list) and isinstance(completion, list):
-            return self._render_messages([*prompt, *completion], number)
+            return self._render_messages([*prompt, *completion], number, first=len(prompt))
         raise DataError(
             f"Example {number} has a prompt of type {type(prompt).__name__} and a completion of type "
             f"{type(completion).__name__}, which cannot be joined. Give two strings or two lists of messages."
         )
 
-    def _render_messages(self, messages: Any, number: int) -> tuple[str, list[tuple[int, int]] | None, bool]:
+    def _render_messages(self, messages: Any, number: int, *, first: int) -> tuple[str, _Spans, bool]:
+        """The same for a conversation, whose response begins at the message with the index `first`."""
         if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
             raise DataError(
                 f"Example {number} has malformed messages. Give a list of mappings with 'role' and 'content'."
@@ -183,9 +174,12 @@ class ExampleReader:
         text = self._template(messages, False, number)
         if self._tokens == "all":
             return text, None, True
+        if self._tokens == "assistant" and _GENERATION.search(str(self._tokenizer.chat_template)):
+            return text, self._marked_spans(messages), True
+        begin = 0 if self._tokens == "assistant" else first if first >= 0 else len(messages) - 1
         spans = []
         for index, message in enumerate(messages):
-            if message.get("role") != "assistant":
+            if index < begin or message.get("role") != "assistant":
                 continue
             before, through = (
                 self._template(messages[:index], True, number),
@@ -194,10 +188,26 @@ class ExampleReader:
             if not (text.startswith(before) and text.startswith(through)):
                 raise DataError(
                     f"Example {number}: the chat template changes earlier turns when later ones are added, so the "
-                    "assistant's tokens cannot be found. Use tokens='all'."
+                    "assistant's tokens cannot be found. Use tokens='all', tokens='response' for the last turn alone, "
+                    "or a template that marks them with {% generation %}."
                 )
             spans.append((len(before), len(through)))
         return text, spans, True
+
+    def _marked_spans(self, messages: list[Mapping[str, Any]]) -> list[tuple[int, int]]:
+        """Character spans that the template itself marks as the assistant's, with {% generation %}."""
+        found = self._tokenizer.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"return_offsets_mapping": True},
+        )
+        return [
+            (start, end)
+            for (start, end), marked in zip(found["offset_mapping"], found["assistant_masks"], strict=True)
+            if marked
+        ]
 
     def _template(self, messages: list[Mapping[str, Any]], generation_prompt: bool, number: int) -> str:
         from jinja2 import TemplateError
@@ -217,87 +227,3 @@ class ExampleReader:
 
 def _is_message(message: Any) -> bool:
     return isinstance(message, Mapping) and "role" in message and "content" in message
-
-
-def check_data(data: Data, label: str) -> None:
-    """Open a file of records and close it again, so that a wrong path is told before the long work.
-
-    Raises:
-        DataError: it cannot be opened.
-    """
-    if isinstance(data, (str, Path)):
-        next(iter(iterate_records(data, label)), None)
-
-
-def iterate_records(data: Data, label: str) -> Iterator[str | Mapping[str, Any]]:
-    """Yield the records of a data set: a `datasets.Dataset`, an iterable, or a path to a JSONL file.
-
-    Raises:
-        DataError: the file is missing or a line of it is not JSON.
-    """
-    if isinstance(data, Mapping):
-        raise DataError(
-            f"The {label} data is a mapping with the keys {list(data)[:5]}, and a sequence of records is needed. Give "
-            "one of its splits, or a list."
-        )
-    if not isinstance(data, (str, Path)):
-        yield from data
-        return
-    try:
-        with Path(data).open(encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield _parse_line(line, number, data)
-    except OSError as error:
-        raise DataError(
-            f"The {label} data {str(data)!r} cannot be opened ({error.strerror}). Give the path of a JSONL file, a "
-            "list, or a datasets.Dataset."
-        ) from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"'{data}' is not UTF-8 text ({error}). Convert the file.") from error
-
-
-def _parse_line(line: str, number: int, file: str | Path) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"Line {number} of '{file}' is not JSON ({error}). Mend the line.") from error
-
-
-def iterate_batches(
-    examples: Iterable[Example], *, batch_size: int, pad_id: int, pool: int = 64
-) -> Iterator[tuple[Batch, int]]:
-    """Yield padded batches and the number of examples that each stands for.
-
-    Args:
-        examples: tokenised texts, read lazily.
-        batch_size: examples per batch.
-        pad_id: token id to pad with.
-        pool: number of batches within which examples are sorted by length, so that little is padded.
-    """
-    waiting: list[Example] = []
-    for example in examples:
-        waiting.append(example)
-        if len(waiting) == batch_size * pool:
-            yield from _drain(waiting, batch_size, pad_id)
-            waiting = []
-    yield from _drain(waiting, batch_size, pad_id)
-
-
-def _drain(waiting: Sequence[Example], batch_size: int, pad_id: int) -> Iterator[tuple[Batch, int]]:
-    ordered = sorted(waiting, key=lambda example: len(example.ids))
-    for start in range(0, len(ordered), batch_size):
-        chunk = ordered[start : start + batch_size]
-        yield _pad(chunk, pad_id), len(chunk)
-
-
-def _pad(examples: Sequence[Example], pad_id: int) -> Batch:
-    length = max(len(example.ids) for example in examples)
-    ids = torch.full((len(examples), length), pad_id, dtype=torch.int64)
-    attention = torch.zeros_like(ids)
-    counted = torch.zeros_like(ids, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        attention[row, : len(example.ids)] = 1
-        counted[row, : len(example.ids)] = torch.tensor(example.counted)
-    return Batch(ids=ids, attention=attention, counted=counted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,81 +10,18 @@ from typing import Any
 import torch
 
 from ..artifact import digest, package_versions, read_json, read_tensors, replace_folder, write_json, write_tensors
-from ..errors import ArtifactError, DataError
+from ..errors import ArtifactError, DataError, MismatchError
 from ..sae.identity import SaeIdentity
+from .moments import FeatureMoments
 
-_SCHEMA = "peft_sae.statistics"
-_SCHEMA_VERSION = 1
+SCHEMA = "peft_sae.statistics"
+SCHEMA_VERSION = 1
 _JSON_FILE = "statistics.json"
 _TENSOR_FILE = "statistics.safetensors"
 STATISTICS_FILES = (_JSON_FILE, _TENSOR_FILE)
-_DTYPES = {
-    "total": torch.float64,
-    "total_squares": torch.float64,
-    "fired": torch.int64,
-    "maximum": torch.float64,
-}
-
-
-@dataclass(frozen=True)
-class FeatureMoments:
-    """Sums over the tokens of one class, for the features of one SAE.
-
-    Attributes:
-        count: number of tokens.
-        total: sum of activations, float64 [d_sae].
-        total_squares: sum of squared activations, float64 [d_sae].
-        fired: number of tokens with an activation above zero, int64 [d_sae].
-        maximum: largest activation, float64 [d_sae]; 0 where the feature never fired.
-    """
-
-    count: int
-    total: torch.Tensor
-    total_squares: torch.Tensor
-    fired: torch.Tensor
-    maximum: torch.Tensor
-
-    @classmethod
-    def empty(cls, d_sae: int) -> FeatureMoments:
-        """Return the moments of no tokens."""
-        return cls(count=0, **{name: torch.zeros(d_sae, dtype=dtype) for name, dtype in _DTYPES.items()})
-
-    @classmethod
-    def of(cls, activations: torch.Tensor) -> FeatureMoments:
-        """Return the moments of activations of shape [tokens, d_sae]."""
-        single = activations.float()
-        return cls(
-            count=activations.shape[0],
-            total=single.sum(dim=0).double().cpu(),
-            total_squares=single.square().sum(dim=0).double().cpu(),
-            fired=(single > 0).sum(dim=0).cpu(),
-            maximum=single.amax(dim=0).clamp(min=0).double().cpu(),
-        )
-
-    def __add__(self, other: FeatureMoments) -> FeatureMoments:
-        """Return the moments of both sets of tokens together."""
-        return FeatureMoments(
-            count=self.count + other.count,
-            total=self.total + other.total,
-            total_squares=self.total_squares + other.total_squares,
-            fired=self.fired + other.fired,
-            maximum=torch.maximum(self.maximum, other.maximum),
-        )
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """Mean activation per feature, float64 [d_sae]."""
-        return self.total / self.count
-
-    @property
-    def variance(self) -> torch.Tensor:
-        """Variance of the activations per feature (divided by count), float64 [d_sae]."""
-        return (self.total_squares / self.count - self.mean.square()).clamp(min=0)
-
-    @property
-    def firing_rate(self) -> torch.Tensor:
-        """Share of tokens on which each feature fires, float64 [d_sae]."""
-        return self.fired.double() / self.count
+_MAX_SIZE = 2**31  # of any tensor in the file: such numbers are damage
+# What is counted per class, and so adds up over shards.
+_COUNTED = ("examples", "truncated")
 
 
 @dataclass(frozen=True)
@@ -94,7 +31,8 @@ class FeatureStatistics:
     Attributes:
         saes: the SAEs, in order.
         moments: class label to one `FeatureMoments` per SAE, in the same order.
-        settings: how the statistics were collected (model, tokens, examples, truncated texts).
+        settings: how the statistics were collected (model, tokens, pooling, quantity, and per class the number of
+            examples, of truncated ones, and a digest of the token ids).
         versions: versions of the packages that computed them.
     """
 
@@ -116,35 +54,31 @@ class FeatureStatistics:
             )
         return self.moments[label]
 
+    def merge(self, *others: FeatureStatistics) -> FeatureStatistics:
+        """Return the statistics of several shards of data together.
+
+        Sums are added, so the result is that of one pass over all shards, to rounding in float64. An example's place is
+        counted on through the shards in their order. Parts that one of them lacks (histograms, for instance) are left
+        out of the class.
+
+        Raises:
+            MismatchError: they are of different SAEs, of another model, or were collected with other settings.
+        """
+        merged = self
+        for other in others:
+            merged = _merge(merged, other, shift=True)
+        return merged
+
     def save_pretrained(self, directory: str | Path) -> None:
         """Write the statistics as a folder of JSON and safetensors.
 
         Raises:
             ArtifactError: the folder holds something else or cannot be written.
         """
-        tensors, description = self._tensors(), self._description()
+        tensors, description = self.to_tensors()
         with replace_folder(directory, owned=STATISTICS_FILES) as folder:
             write_tensors(folder / _TENSOR_FILE, tensors)
             write_json(folder / _JSON_FILE, {**description, "digest": digest(tensors, description)})
-
-    def _tensors(self) -> dict[str, torch.Tensor]:
-        return {
-            f"{number}.{index}.{name}": getattr(moment, name)
-            for number, moments in enumerate(self.moments.values())
-            for index, moment in enumerate(moments)
-            for name in _DTYPES
-        }
-
-    def _description(self) -> dict[str, Any]:
-        return {
-            "schema": _SCHEMA,
-            "schema_version": _SCHEMA_VERSION,
-            "saes": [sae.to_dict() for sae in self.saes],
-            "labels": list(self.moments),
-            "counts": {label: [moment.count for moment in moments] for label, moments in self.moments.items()},
-            "settings": dict(self.settings),
-            "versions": dict(self.versions),
-        }
 
     @classmethod
     def from_pretrained(cls, directory: str | Path) -> FeatureStatistics:
@@ -155,40 +89,144 @@ class FeatureStatistics:
                 digest that was written with it.
         """
         folder = Path(directory)
-        description = read_json(folder / _JSON_FILE, schema=_SCHEMA, newest=_SCHEMA_VERSION)
+        description = read_json(folder / _JSON_FILE, schema=SCHEMA, newest=SCHEMA_VERSION)
+        return cls.from_description(description, folder / _TENSOR_FILE, folder / _JSON_FILE)
+
+    def to_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return everything as named tensors and JSON-serialisable data."""
+        tensors = {
+            f"{number}.{index}.{name}": tensor
+            for number, moments in enumerate(self.moments.values())
+            for index, moment in enumerate(moments)
+            for name, tensor in moment.tensors().items()
+        }
+        description = {
+            "schema": SCHEMA,
+            "schema_version": SCHEMA_VERSION,
+            "saes": [sae.to_dict() for sae in self.saes],
+            "labels": list(self.moments),
+            "sizes": {label: [moment.sizes() for moment in moments] for label, moments in self.moments.items()},
+            "settings": dict(self.settings),
+            "versions": dict(self.versions),
+        }
+        return tensors, description
+
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any], tensor_file: Path, source: Path) -> FeatureStatistics:
+        """Read the tensors that a description tells of, and check that both belong together.
+
+        Args:
+            description: as from `to_tensors`, with the `digest` of both.
+            tensor_file: the safetensors file.
+            source: the file that the description is from, for messages.
+
+        Raises:
+            ArtifactError: either is damaged, or they are not of one piece.
+        """
         try:
-            saes = tuple(SaeIdentity.from_dict(entry) for entry in description["saes"])
+            saes = [SaeIdentity.from_dict(entry) for entry in description["saes"]]
             labels = [str(label) for label in description["labels"]]
-            counts = {label: [int(count) for count in description["counts"][label]] for label in labels}
-            settings, versions = dict(description["settings"]), dict(description["versions"])
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            sizes = [[_checked(entry) for entry in description["sizes"][label]] for label in labels]
+            if any(len(entries) != len(saes) for entries in sizes) or len(set(labels)) < len(labels):
+                raise ValueError("classes and SAEs do not fit each other")
+            expected = {
+                f"{number}.{index}.{name}": header
+                for number, entries in enumerate(sizes)
+                for index, (entry, sae) in enumerate(zip(entries, saes, strict=True))
+                for name, header in FeatureMoments.layout(entry, sae.d_sae).items()
+            }
+            statistics = cls.from_tensors(read_tensors(tensor_file, expected), description)
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError) as error:
             if isinstance(error, ArtifactError):
                 raise
+            raise ArtifactError(f"'{source}' is malformed ({error!r}). Collect the statistics again.") from error
+        if digest(*statistics.to_tensors()) != description.get("digest"):
             raise ArtifactError(
-                f"'{folder / _JSON_FILE}' is malformed ({error!r}). Collect the statistics again."
-            ) from error
-        if any(len(counts[label]) != len(saes) or min(counts[label], default=0) < 1 for label in labels):
-            raise ArtifactError(f"'{folder / _JSON_FILE}' gives impossible counts. Collect the statistics again.")
-        expected = {
-            f"{number}.{index}.{name}": ((sae.d_sae,), dtype)
-            for number in range(len(labels))
-            for index, sae in enumerate(saes)
-            for name, dtype in _DTYPES.items()
-        }
-        tensors = read_tensors(folder / _TENSOR_FILE, expected)
-        moments = {
-            label: tuple(
-                FeatureMoments(
-                    count=counts[label][index], **{name: tensors[f"{number}.{index}.{name}"] for name in _DTYPES}
-                )
-                for index in range(len(saes))
-            )
-            for number, label in enumerate(labels)
-        }
-        statistics = cls(saes=saes, moments=moments, settings=settings, versions=versions)
-        if digest(tensors, statistics._description()) != description.get("digest"):
-            raise ArtifactError(
-                f"The content of '{folder}' has not the digest that was written with it: a file was changed or mixed "
-                "up. Collect the statistics again."
+                f"The content of '{tensor_file.parent}' has not the digest that was written with it: a file was "
+                "changed or mixed up. Collect the statistics again."
             )
         return statistics
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, torch.Tensor], description: Mapping[str, Any]) -> FeatureStatistics:
+        """Return what `to_tensors` was given from.
+
+        Raises:
+            KeyError, TypeError, ValueError: they do not fit each other.
+        """
+        moments: dict[str, tuple[FeatureMoments, ...]] = {}
+        for number, label in enumerate(description["labels"]):
+            found = []
+            for index, entry in enumerate(description["sizes"][label]):
+                prefix = f"{number}.{index}."
+                own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+                found.append(FeatureMoments.from_tensors(own, entry))
+            moments[str(label)] = tuple(found)
+        saes = tuple(SaeIdentity.from_dict(entry) for entry in description["saes"])
+        return cls(saes, moments, dict(description["settings"]), dict(description["versions"]))
+
+
+def merge_shares(shares: Sequence[FeatureStatistics]) -> FeatureStatistics:
+    """Return the statistics of one data set that several processes have read in turn."""
+    merged = shares[0]
+    for share in shares[1:]:
+        merged = _merge(merged, share, shift=False)
+    return merged
+
+
+def _merge(first: FeatureStatistics, second: FeatureStatistics, *, shift: bool) -> FeatureStatistics:
+    _check_mergeable(first, second)
+    moments = {}
+    for label in dict.fromkeys([*first.moments, *second.moments]):
+        if label not in first.moments or label not in second.moments:
+            moments[label] = (first.moments if label in first.moments else second.moments)[label]
+            continue
+        by = int(first.settings["examples"][label]) if shift else 0
+        pairs = zip(first.moments[label], second.moments[label], strict=True)
+        moments[label] = tuple(one + (other.shifted(by) if by else other) for one, other in pairs)
+    settings = dict(first.settings)
+    for name in _COUNTED:
+        settings[name] = _sum(first.settings.get(name, {}), second.settings.get(name, {}))
+    digests = [statistics.settings.get("data", {}) for statistics in (first, second)]
+    settings["data"] = {
+        label: add_digests(*(found[label] for found in digests if label in found))
+        for label in {**digests[0], **digests[1]}
+    }
+    return FeatureStatistics(first.saes, moments, settings, first.versions)
+
+
+def _check_mergeable(first: FeatureStatistics, second: FeatureStatistics) -> None:
+    if first.saes != second.saes:
+        both = [[sae.name for sae in statistics.saes] for statistics in (first, second)]
+        raise MismatchError(
+            f"Statistics of the SAEs {both[0]} and of {both[1]} cannot be merged: their features (or weights) differ. "
+            "Merge statistics that were collected with the same SAEs in the same order."
+        )
+    ours, theirs = (dict(statistics.settings) for statistics in (first, second))
+    names = sorted({*ours, *theirs} - {*_COUNTED, "data"})
+    different = {name: (ours.get(name), theirs.get(name)) for name in names if ours.get(name) != theirs.get(name)}
+    if different:
+        raise MismatchError(
+            f"Statistics that were collected with different settings cannot be merged: {different}. Collect both in "
+            "the same way."
+        )
+
+
+def _sum(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:
+    return {label: first.get(label, 0) + second.get(label, 0) for label in {**first, **second}}
+
+
+def add_digests(*digests: str) -> str:
+    """Return the digest of several sets of texts together, which does not depend on their order."""
+    return f"{sum(int(entry, 16) for entry in digests) % 2**256:064x}"
+
+
+def _checked(sizes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Sizes of one class and SAE from a file, after a check that they are numbers that can be."""
+    numbers = [sizes["count"], sizes["examples"], sizes["count_squares"]]
+    parts = [number for part in sizes["parts"].values() for number in part.values()]
+    if any(type(number) is not int or number < 0 for number in [*numbers, *parts]) or min(numbers[:2]) < 1:
+        raise ValueError(f"impossible counts {dict(sizes)}")
+    if any(number > _MAX_SIZE for part in sizes["parts"].values() for number in part.values()):
+        raise ValueError("impossible sizes")
+    return sizes

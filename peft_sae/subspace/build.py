@@ -10,7 +10,8 @@ from ..sae.load import SaeHandle, as_handles
 from ..sae.placement import check_placement, find_layout
 from ..selection.select import SelectedFeatures, Selection, select_features
 from ..statistics.collect import collect_statistics, model_description
-from ..statistics.data import Data, TokenChoice, check_data
+from ..statistics.data import TokenChoice
+from ..statistics.records import Data, check_data
 from ..statistics.statistics import FeatureStatistics
 from .artifact import Subspace
 from .protect import Protect, find_protected, protected_ids, protected_site, sae_key, without_protected

@@ -13,7 +13,7 @@ from ..errors import ConfigError, SelectionError
 from ..sae.identity import SaeIdentity
 from ..sae.load import SaeHandle, as_handles
 from ..selection.select import SelectedFeatures, Selection
-from ..statistics.data import Data, check_data
+from ..statistics.records import Data, check_data
 from .protected import ProtectedSite, parse_feature_name
 from .site import unit_rows
 from .tokens import promoted_tokens

@@ -12,7 +12,8 @@ import torch
 
 from ..artifact import check_target, replace_folder
 from ..errors import ConfigError, DataError, suggest
-from ..statistics.data import Data, ExampleReader, iterate_records
+from ..statistics.data import ExampleReader
+from ..statistics.records import Data, iterate_records
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -97,7 +98,7 @@ def encode_examples(tokenizer: PreTrainedTokenizerBase, data: Data, max_length: 
         raise DataError("The training data are empty, so there is nothing to learn. Give at least one record.")
     plain = isinstance(records[0], str) or (isinstance(records[0], Mapping) and "text" in records[0])
     reader = ExampleReader(
-        tokenizer, tokens="all" if plain else "response", max_length=max_length - 1, prepend_bos=False
+        tokenizer, tokens="all" if plain else "assistant", max_length=max_length - 1, prepend_bos=False
     )
     features = []
     for number, record in enumerate(records):

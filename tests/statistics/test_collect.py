@@ -8,7 +8,7 @@ import torch
 
 from peft_sae import collect_statistics, load_saes
 from peft_sae.errors import ConfigError, DataError, MismatchError
-from peft_sae.statistics import collect
+from peft_sae.statistics import accumulate
 from tests.tiny import WORDS, make_model, make_sae
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"]
@@ -98,7 +98,7 @@ def test_prompt_and_response_equal_the_dense_oracle(llama, tokenizer, saes, toke
 def test_turns_of_a_conversation_equal_the_dense_oracle(llama, tokenizer, saes):
     turns = [("user", "red sea"), ("assistant", "sun sun"), ("user", "hill"), ("assistant", "moon")]
     data = {"aligned": [{"messages": [{"role": role, "content": content} for role, content in turns]}]}
-    statistics = _collect(llama, tokenizer, saes, data, tokens="response")
+    statistics = _collect(llama, tokenizer, saes, data, tokens="assistant")
     text = "user: red sea assistant: sun sun user: hill assistant: moon"  # after BOS
     exact = _oracle(llama, tokenizer, saes, [text], lambda _, n: [5, 6, 10])
     for moments, activations in zip(statistics.of("aligned"), exact, strict=True):
@@ -126,7 +126,7 @@ def test_chunks_give_the_same(llama, tokenizer, saes, monkeypatch):
         sizes.append(len(activations))
         return encode(handle, activations)
 
-    monkeypatch.setattr(collect, "_CHUNK_ELEMENTS", 3 * saes[0].identity.d_sae)
+    monkeypatch.setitem(accumulate._CHUNK_ELEMENTS, "cpu", 3 * saes[0].identity.d_sae)
     monkeypatch.setattr(type(saes[0]), "encode", spy)
     _assert_same(_collect(llama, tokenizer, saes), reference)
     assert max(sizes) == 3
@@ -201,7 +201,7 @@ def test_dropout_is_off_while_collecting(tokenizer):
 def test_nan_activations_name_hook_and_class(tokenizer, saes):
     model = make_model()
     model.model.layers[1].mlp.down_proj.weight.data[0, 0] = float("nan")
-    message = r"at blocks\.1\.hook_resid_post are NaN or infinite in the aligned texts 0 to 7.*bfloat16"
+    message = r"at blocks\.1\.hook_resid_post are NaN or infinite in one of the aligned texts \[\d.*bfloat16"
     with pytest.raises(DataError, match=message):
         _collect(model, tokenizer, saes)
     saes_before = load_saes(make_sae("blocks.0.hook_resid_post"))

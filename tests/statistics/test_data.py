@@ -6,7 +6,9 @@ import torch
 from tokenizers import processors
 
 from peft_sae.errors import ConfigError, DataError
-from peft_sae.statistics.data import Example, ExampleReader, iterate_batches, iterate_records
+from peft_sae.statistics.batches import iterate_batches
+from peft_sae.statistics.data import Example, ExampleReader
+from peft_sae.statistics.records import iterate_records, split_preferences
 from tests.tiny import make_tokenizer
 
 USER, ASSISTANT = 16, 17
@@ -29,7 +31,8 @@ def _places(example):
 
 @pytest.mark.parametrize("record", ["red green blue", {"text": "red green blue"}, {"text": "red green blue", "id": 3}])
 def test_plain_text_counts_all_but_bos(record):
-    assert _reader().read(record, 0) == Example([1, 4, 5, 6], [False, True, True, True])
+    mask = [False, True, True, True]
+    assert _reader().read(record, 5) == Example([1, 4, 5, 6], mask, mask, number=5)
 
 
 @pytest.mark.parametrize(("tokens", "places"), [("all", [1, 2, 3, 4]), ("prompt", [1, 2]), ("response", [3, 4])])
@@ -42,9 +45,14 @@ def test_prompt_and_completion_are_told_apart(tokens, places):
 @pytest.mark.parametrize("form", ["messages", "prompt and completion"])
 @pytest.mark.parametrize(
     ("tokens", "places"),
-    [("all", list(range(1, 11))), ("prompt", [1, 2, 3, 4, 6, 7, 8]), ("response", [5, 9, 10])],
+    [
+        ("all", list(range(1, 11))),
+        ("prompt", list(range(1, 9))),
+        ("response", [9, 10]),
+        ("assistant", [5, 9, 10]),
+    ],
 )
-def test_every_turn_of_the_assistant_is_response(form, tokens, places):
+def test_turns_of_a_conversation_are_told_apart(form, tokens, places):
     record = {"messages": CHAT} if form == "messages" else {"prompt": CHAT[:3], "completion": CHAT[3:]}
     example = _reader(tokens).read(record, 0)
     assert example.ids == CHAT_IDS
@@ -77,13 +85,15 @@ def test_bos_is_prepended_once_where_the_sae_was_trained_with_it():
     bare = make_tokenizer()
     bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
     assert _reader(tokenizer=bare).read("red", 0).ids == [4]
-    assert _reader(tokenizer=bare, prepend_bos=True).read("red", 0) == Example([1, 4], [False, True])
+    assert _reader(tokenizer=bare, prepend_bos=True).read("red", 0) == Example([1, 4], [False, True], [False, True])
     assert _reader(prepend_bos=True).read("red", 0).ids == [1, 4]
 
 
 def test_long_texts_are_cut_and_counted():
     reader = _reader(max_length=3)
-    assert reader.read("red green blue sun", 0) == Example([1, 4, 5], [False, True, True], cut=True)
+    assert reader.read("red green blue sun", 0) == Example(
+        [1, 4, 5], [False, True, True], [False, True, True], cut=True
+    )
     reader.read("red green", 1)
     assert reader.truncated == 1
 
@@ -128,8 +138,19 @@ def test_template_that_rewrites_earlier_turns_is_a_data_error():
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ messages|length }} {{ m.content }} {% endfor %}"
     with pytest.raises(DataError, match=r"changes earlier turns.*Use tokens='all'"):
-        _reader("response", tokenizer=tokenizer).read({"messages": CHAT}, 0)
+        _reader("assistant", tokenizer=tokenizer).read({"messages": CHAT}, 0)
     assert _reader("all", tokenizer=tokenizer).read({"messages": CHAT}, 0).ids
+
+
+def test_template_can_mark_the_assistants_tokens_itself():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{{ '<bos>' }}{% for m in messages %}{% if m.role == 'assistant' %}{% if not loop.last %}{{ 'hill ' }}{% endif "
+        "%}{% generation %}{{ m.content }}{% endgeneration %}{{ ' ' }}{% else %}{{ m.content }} {% endif %}{% endfor %}"
+    )
+    example = _reader("assistant", tokenizer=tokenizer).read({"messages": CHAT}, 0)
+    assert example.ids == [1, 4, 5, 10, 7, 9, 8, 8]
+    assert _places(example) == [4, 6, 7]
 
 
 def test_unknown_choice_and_slow_tokenizer_are_config_errors():
@@ -171,12 +192,16 @@ def test_dictionary_of_splits_is_a_data_error():
 
 
 def test_batches_hold_every_example_once_with_little_padding():
-    examples = [Example([1, *[4] * length], [False, *[True] * length]) for length in (5, 1, 4, 2, 3)]
-    batches = [batch for batch, _ in iterate_batches(examples, batch_size=2, pad_id=0)]
+    examples = [
+        Example([1, *[4] * length], [False, *[True] * length], [False, *[True] * length], number)
+        for number, length in enumerate((5, 1, 4, 2, 3))
+    ]
+    batches = list(iterate_batches(examples, batch_size=2, pad_id=0))
     assert [batch.ids.shape for batch in batches] == [(2, 3), (2, 5), (1, 6)]
     pairs = [pair for batch in batches for pair in zip(batch.ids, batch.attention, strict=True)]
     rows = [row[mask.bool()].tolist() for row, mask in pairs]
     assert sorted(rows) == sorted(example.ids for example in examples)
+    assert [batch.numbers.tolist() for batch in batches] == [[1, 3], [4, 2], [0]]
     first = batches[0]
     assert first.ids.tolist() == [[1, 4, 0], [1, 4, 4]]
     assert first.attention.tolist() == [[1, 1, 0], [1, 1, 1]]
@@ -186,7 +211,32 @@ def test_batches_hold_every_example_once_with_little_padding():
 def test_batches_are_made_lazily():
     def endless():
         while True:
-            yield Example([1, 4], [False, True])
+            yield Example([1, 4], [False, True], [False, True])
 
-    batch, count = next(iterate_batches(endless(), batch_size=3, pad_id=0, pool=2))
-    assert (count, batch.ids.shape) == (3, (3, 2))
+    batch = next(iterate_batches(endless(), batch_size=3, pad_id=0, pool=2))
+    assert batch.ids.shape == (3, 2)
+
+
+PREFERENCES = [
+    ({"prompt": "red", "chosen": " sun", "rejected": " moon"}, ("red", " sun", " moon")),
+    ({"chosen": "red sea sun", "rejected": "red sea moon hill"}, ("red sea", " sun", " moon hill")),
+    ({"chosen": "red moonlit", "rejected": "red moon"}, ("red", " moonlit", " moon")),
+    ({"chosen": "sun", "rejected": "sun"}, ("", "sun", "sun")),
+    ({"chosen": CHAT[:2], "rejected": [CHAT[0], CHAT[3]]}, (CHAT[:1], CHAT[1:2], CHAT[3:])),
+]
+
+
+@pytest.mark.parametrize(("record", "parts"), PREFERENCES)
+def test_preferences_become_two_sets_that_can_be_read_twice(record, parts):
+    prompt, chosen, rejected = parts
+    aligned, unaligned = split_preferences([record])
+    for _ in range(2):
+        assert list(aligned) == [{"prompt": prompt, "completion": chosen}]
+        assert list(unaligned) == [{"prompt": prompt, "completion": rejected}]
+    assert len(aligned) == 1
+
+
+@pytest.mark.parametrize("record", ["red", {"chosen": "red"}, {"chosen": "red", "rejected": ["red"]}, {"text": "red"}])
+def test_other_records_are_no_preferences(record):
+    with pytest.raises(DataError, match=r"Example 0 has .*'chosen' and 'rejected' are needed"):
+        list(split_preferences([record])[0])

@@ -41,9 +41,8 @@ def _tensors(statistics):
 @pytest.mark.parametrize("parts", [[30], [1, 29], [10, 7, 13]])
 def test_sums_of_parts_give_the_moments_of_the_whole(parts):
     whole = _activations(30, 0)
-    moments = FeatureMoments.empty(D_SAE)
-    for part in whole.split(parts):
-        moments = moments + FeatureMoments.of(part)
+    first, *others = [FeatureMoments.of(part) for part in whole.split(parts)]
+    moments = sum(others, first)
     exact = whole.double()
     assert moments.count == 30
     torch.testing.assert_close(moments.mean, exact.mean(0), rtol=1e-6, atol=1e-7)
@@ -111,9 +110,9 @@ def _truncate(folder):
         (_edit_tensors(lambda t: t["0.0.total"].fill_(float("nan"))), "holds NaN"),
         (_edit_json(lambda d: d.update(schema_version=2)), "schema version 2"),
         (_edit_json(lambda d: d.update(schema="peft_sae.subspace")), "does not describe a peft_sae.statistics"),
-        (_edit_json(lambda d: d.pop("counts")), "malformed.*Collect the statistics again"),
-        (_edit_json(lambda d: d["counts"].update(aligned=[9])), "impossible counts"),
-        (_edit_json(lambda d: d["counts"].update(aligned=[9, 0])), "impossible counts"),
+        (_edit_json(lambda d: d.pop("sizes")), "malformed.*Collect the statistics again"),
+        (_edit_json(lambda d: d["sizes"]["aligned"].pop()), "do not fit each other"),
+        (_edit_json(lambda d: d["sizes"]["aligned"][1].update(count=0)), "impossible counts"),
         (_edit_json(lambda d: d["saes"][0].update(d_sae=0)), "cannot exist"),
         (_edit_json(lambda d: d["saes"][0].update(d_in=True)), "'d_in' .* wrong type"),
         (_edit_json(lambda d: d["saes"][0].pop("digest")), "identity needs the entries"),

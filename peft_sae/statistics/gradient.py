@@ -1,0 +1,119 @@
+"""Gradients of an objective with respect to the activations at a site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch.nn import functional
+
+from ..errors import ConfigError, DataError
+from ..sae.placement import Tap
+from .batches import Batch
+from .capture import Capture, evaluating, hook
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# From the logits [batch, length, vocabulary] and the batch to the sum over its examples of what is to be explained.
+Objective: TypeAlias = Callable[[torch.Tensor, Batch], torch.Tensor]
+
+
+def log_likelihood(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Return the sum of the log-probabilities (in nats) of the counted tokens, given the tokens before them."""
+    counted = batch.counted[:, 1:].to(logits.device)
+    targets = batch.ids[:, 1:].to(logits.device)[counted]
+    return -functional.cross_entropy(logits[:, :-1][counted].float(), targets, reduction="sum")
+
+
+def logit_difference(tokenizer: PreTrainedTokenizerBase, positive: Sequence[str], negative: Sequence[str]) -> Objective:
+    """Return the objective "mean logit of some tokens minus that of others", behind each text's last token.
+
+    Args:
+        tokenizer: the model's.
+        positive: tokens as text, for example `[" Sorry", " I"]`; each must be one token.
+        negative: the others.
+
+    Raises:
+        ConfigError: a text is not one token, or none is given.
+    """
+    groups = []
+    for texts in (positive, negative):
+        if isinstance(texts, str) or not texts:
+            raise ConfigError(f"{texts!r} is no list of tokens. Give one such as [' yes', ' Yes'].")
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        longer = [text for text, found in zip(texts, ids, strict=True) if len(found) != 1]
+        if longer:
+            raise ConfigError(
+                f"{longer} are not single tokens of this tokenizer, so they have no logit of their own. Use their "
+                "first tokens."
+            )
+        groups.append(torch.tensor([found[0] for found in ids]))
+
+    def difference(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        last = (batch.attention.sum(dim=1) - 1).to(logits.device)
+        final = logits[torch.arange(len(last), device=logits.device), last].float()
+        first, second = (final[:, ids.to(final.device)].mean(dim=1) for ids in groups)
+        return (first - second).sum()
+
+    return difference
+
+
+class GradientCapture(Capture):
+    """Reads activations and the gradients of an objective with respect to them. Made by `capturing_gradients`."""
+
+    def __init__(self, model: PreTrainedModel, taps: Sequence[Tap], objective: Objective) -> None:
+        super().__init__(model, taps)
+        self._objective = objective
+        self._leaves: dict[int, torch.Tensor] = {}
+
+    def run_with_gradients(self, batch: Batch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Return the activations at every site and the gradients, each [batch, length, width].
+
+        Raises:
+            MismatchError: the forward pass never reached a site.
+            DataError: the objective does not depend on the activations.
+        """
+        self._leaves.clear()
+        with torch.enable_grad():
+            logits = self._forward(batch.ids, batch.attention).logits
+            objective = self._objective(logits, batch)
+            leaves = [self._leaves[index] for index in range(len(self._taps))]
+            if not objective.requires_grad:
+                raise DataError(
+                    "The objective does not depend on the model's activations, so there is nothing to attribute: none "
+                    "of the batch's tokens counts, or it was computed without gradients."
+                )
+            gradients = torch.autograd.grad(objective, leaves, allow_unused=True)
+        activations = [tensor.detach() for tensor in self._captured(batch.ids)]
+        shaped = [
+            torch.zeros_like(activation) if gradient is None else gradient.reshape(activation.shape)
+            for gradient, activation in zip(gradients, activations, strict=True)
+        ]
+        return activations, shaped
+
+    def keep(self, index: int, activations: torch.Tensor) -> torch.Tensor | None:
+        """Store one site's activations, and let a leaf of the graph begin there."""
+        leaf = torch.zeros_like(activations, requires_grad=True)
+        self._found[index], self._leaves[index] = activations, leaf
+        return activations + leaf
+
+
+@contextmanager
+def capturing_gradients(model: PreTrainedModel, taps: Sequence[Tap], objective: Objective) -> Iterator[GradientCapture]:
+    """Hook the sites of a model for the time of a `with` block.
+
+    The parameters need no gradients inside, so the graph begins at the first site; the model is left as it was found.
+    """
+    capture = GradientCapture(model, taps, objective)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with evaluating(model), hook(model, taps, capture):
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            yield capture
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)

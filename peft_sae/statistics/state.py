@@ -1,0 +1,113 @@
+"""The state of a long collection, so that it can go on after the process was killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ..artifact import digest
+from ..errors import ArtifactError, ConfigError
+from .share import Share
+from .statistics import FeatureStatistics
+
+_ENTRY = "peft_sae.state"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a collection has come.
+
+    Attributes:
+        statistics: what is summed up so far; the last class may be unfinished.
+        batches: batches done per class.
+    """
+
+    statistics: FeatureStatistics
+    batches: Mapping[str, int]
+
+
+class StateFile:
+    """One file, replaced as a whole, so that it is never half-written.
+
+    Args:
+        path: the file; each of several processes has its own beside it.
+        run: what must be the same when the run goes on: model, SAEs, settings.
+        share: which process this is.
+        every: seconds between two states.
+    """
+
+    def __init__(self, path: str | Path | None, run: Mapping[str, Any], share: Share, every: float) -> None:
+        self._path = None if path is None else Path(path)
+        if self._path is not None and share.world > 1:
+            self._path = self._path.with_name(f"{self._path.name}.{share.rank}-of-{share.world}")
+        self._run = json.loads(json.dumps(dict(run)))
+        self._every, self._last = every, time.monotonic()
+
+    def read(self) -> Progress | None:
+        """Return how far an earlier run has come, or None if there was none.
+
+        Raises:
+            ArtifactError: the file is damaged.
+            ConfigError: it belongs to another run. It is left as it is.
+        """
+        from safetensors import safe_open
+
+        if self._path is None or not self._path.exists():
+            return None
+        try:
+            with safe_open(self._path, framework="pt") as file:
+                description = json.loads((file.metadata() or {})[_ENTRY])
+            run, batches = description.pop("run"), description.pop("batches")
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise ArtifactError(
+                f"'{self._path}' is no state of a collection ({error!r}). Remove it to begin anew, or name another "
+                "file."
+            ) from error
+        if run != self._run:
+            different = sorted(name for name in {**run, **self._run} if run.get(name) != self._run.get(name))
+            raise ConfigError(
+                f"'{self._path}' is the state of another run, which differs in {different}, so this one cannot go on "
+                "from it. Name another file, or remove this one to begin anew."
+            )
+        return Progress(FeatureStatistics.from_description(description, self._path, self._path), batches)
+
+    @property
+    def due(self) -> bool:
+        """Whether it is time to write."""
+        return self._path is not None and time.monotonic() - self._last >= self._every
+
+    def write(self, progress: Progress) -> None:
+        """Replace the file.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        if self._path is None:
+            return
+        tensors, description = progress.statistics.to_tensors()
+        description["digest"] = digest(tensors, description)
+        entry = json.dumps({**description, "run": self._run, "batches": dict(progress.batches)})
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            handle, scratch = tempfile.mkstemp(prefix=f".{self._path.name}.", suffix=".partial", dir=self._path.parent)
+            os.close(handle)
+            try:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, {_ENTRY: entry})
+                os.replace(scratch, self._path)
+            finally:
+                Path(scratch).unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(
+                f"The state cannot be written to '{self._path}' ({error}). Check the space and the rights there."
+            ) from error
+        self._last = time.monotonic()
