@@ -169,6 +169,7 @@ def make_subspace(model, ranks=None, *, seed=0, features=None, protected=None):
                 sae=SaeIdentity(f"sae{number}", hook_name, width, 64, None, None, f"{number:064d}"),
                 features=torch.arange(count),
                 scores=torch.ones(count, dtype=torch.float64),
+                q_values=torch.zeros(count, dtype=torch.float64),
                 aligned_means=torch.ones(count, dtype=torch.float64),
                 unaligned_means=torch.zeros(count, dtype=torch.float64),
                 aligned_rates=torch.ones(count, dtype=torch.float64),

@@ -70,8 +70,8 @@ class Subspace:
         """One row per chosen feature, best first within each hook point.
 
         Columns: `block`, `hook_name`, `sae`, `rank` (place in the selection, from 1), `feature`, `score`,
-        `aligned_mean`, `unaligned_mean`, `aligned_rate`, `unaligned_rate` (shares of tokens on which it fires),
-        `tokens` (those that the decoder direction promotes most),
+        `q_value`, `aligned_mean`, `unaligned_mean`, `aligned_rate`, `unaligned_rate` (shares of tokens on which it
+        fires), `tokens` (those that the decoder direction promotes most),
         `weight` (share of the feature's direction that lies in the basis, its squared projection) and
         `neuronpedia` (address of its dashboard or None).
         """
@@ -89,6 +89,7 @@ class Subspace:
                         "rank": place + 1,
                         "feature": feature,
                         "score": float(site.scores[place]),
+                        "q_value": float(site.q_values[place]),
                         "aligned_mean": float(site.aligned_means[place]),
                         "unaligned_mean": float(site.unaligned_means[place]),
                         "aligned_rate": float(site.aligned_rates[place]),
@@ -211,6 +212,7 @@ def _site_tensors(rank: int, features: int, width: int) -> dict[str, tuple[tuple
     return {
         "features": ((features,), torch.int64),
         "scores": ((features,), torch.float64),
+        "q_values": ((features,), torch.float64),
         "aligned_means": ((features,), torch.float64),
         "unaligned_means": ((features,), torch.float64),
         "aligned_rates": ((features,), torch.float64),

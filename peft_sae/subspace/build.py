@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from ..errors import ConfigError, MismatchError
 from ..sae.load import SaeHandle, as_handles
 from ..sae.placement import check_placement, find_layout
+from ..selection.criteria import Criteria
+from ..selection.registry import get_selector
 from ..selection.select import SelectedFeatures, Selection, select_features
+from ..statistics.accumulate import Pooling
 from ..statistics.collect import collect_statistics, model_description
 from ..statistics.data import TokenChoice
+from ..statistics.gradient import Objective, log_likelihood
+from ..statistics.parts import Measures
 from ..statistics.records import Data, check_data
 from ..statistics.statistics import FeatureStatistics
 from .artifact import Subspace
@@ -33,11 +39,20 @@ def build_subspace(
     selector: str = "mean_difference",
     top_k: int = 64,
     variance: float = 0.8,
-    tokens: TokenChoice = "all",
-    batch_size: int = 8,
-    max_length: int | None = None,
+    criteria: Criteria | None = None,
+    features: Sequence[str] = (),
+    retain: Data | None = None,
+    retain_by: Literal["exclude", "protect"] = "exclude",
     protect: Protect | None = None,
     protect_top_k: int = 16,
+    tokens: TokenChoice = "all",
+    pooling: Pooling = "token",
+    attribute: Objective | None = None,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    state: str | Path | None = None,
+    distributed: bool | None = None,
+    seed: int = 0,
     progress: bool = True,
 ) -> Subspace:
     """Collect statistics, select features and build their basis: the first stages in one call.
@@ -53,14 +68,23 @@ def build_subspace(
         selector: name of a registered selector.
         top_k: features per SAE.
         variance: tau, the share of variance that the basis keeps, in (0, 1].
-        tokens: which tokens count: `all`, `prompt` or `response`.
-        batch_size: texts per forward pass.
-        max_length: tokens per text; longer ones are cut. By default the model's context length.
+        criteria: what a feature must fulfil beside a good score.
+        features: names of the features for the selector `explicit`.
+        retain: texts whose features are to be left alone: what they use is passed over.
+        retain_by: only `exclude` such features from the basis, or `protect` those that would have been chosen.
         protect: features that the update must neither read nor write: names such as
             `"blocks.12.hook_resid_post:4051"` or `"12:4051"`, or two sets of text that differ only in what it is to
             ignore (a phrasing, a language, a format). Of those the features whose means differ most are protected. A
             feature on both lists is protected, and is taken out of the basis, which the log tells.
         protect_top_k: features per SAE that a pair of sets protects.
+        tokens: which tokens count: `all`, `prompt`, `response` or `assistant`.
+        pooling: what is one observation: a `token`, or an example's `mean`, `max` or `last`.
+        attribute: objective for the selector `attribution`; by default the texts' log-likelihood.
+        batch_size: texts per forward pass.
+        max_length: tokens per text; longer ones are cut. By default the model's context length.
+        state: file that the statistics' state is written to now and then, to go on from after the process was killed.
+        distributed: see `collect_statistics`.
+        seed: for what is random.
         progress: show progress bars.
 
     Raises:
@@ -70,23 +94,57 @@ def build_subspace(
     check_data(aligned, "aligned")
     check_data(unaligned, "unaligned")
 
-    def collect(first: Data, second: Data) -> FeatureStatistics:
+    if retain is not None:
+        check_data(retain, "retain")
+    if retain_by not in ("exclude", "protect"):
+        raise ConfigError(f"retain_by={retain_by!r} is unknown. Use 'exclude' or 'protect'.")
+    chosen = get_selector(selector)
+
+    def collect(
+        data: Mapping[str, Data], measures: Measures, objective: Objective | None, file: str
+    ) -> FeatureStatistics:
         return collect_statistics(
             model,
             tokenizer,
-            {"aligned": first, "unaligned": second},
+            data,
             saes,
             tokens=tokens,
+            pooling=pooling,
+            measures=measures,
+            attribute=objective,
             batch_size=batch_size,
             max_length=max_length,
+            state=None if state is None else Path(state).with_name(Path(state).name + file),
+            distributed=distributed,
             progress=progress,
         )
 
-    guarded = find_protected(
-        protect, saes, lambda first, second: select_features(collect(first, second), top_k=protect_top_k)
+    def contrast(first: Data, second: Data) -> Selection:
+        collected = collect({"aligned": first, "unaligned": second}, Measures(), None, ".protect")
+        return select_features(collected, top_k=protect_top_k)
+
+    guarded = find_protected(protect, saes, contrast)
+    data = {"aligned": aligned, "unaligned": unaligned} | ({} if retain is None else {"retain": retain})
+    objective = (attribute or log_likelihood) if chosen.attribution else None
+    selection = select_features(
+        collect(data, chosen.measures, objective, ""),
+        selector=selector,
+        top_k=top_k,
+        criteria=criteria,
+        retain=None if retain is None else "retain",
+        features=features,
+        saes=saes,
+        seed=seed,
     )
-    selection = select_features(collect(aligned, unaligned), selector=selector, top_k=top_k)
-    return subspace_from_selection(model, tokenizer, selection, saes, variance=variance, protect=guarded)
+    return subspace_from_selection(
+        model,
+        tokenizer,
+        selection,
+        saes,
+        variance=variance,
+        protect=guarded,
+        protect_retained=retain_by == "protect",
+    )
 
 
 def subspace_from_selection(
@@ -97,6 +155,7 @@ def subspace_from_selection(
     *,
     variance: float = 0.8,
     protect: Sequence[str] | Selection = (),
+    protect_retained: bool = False,
 ) -> Subspace:
     """Build the basis of features that are already chosen.
 
@@ -108,6 +167,7 @@ def subspace_from_selection(
         variance: tau, the share of variance that the basis keeps, in (0, 1].
         protect: names of features that an update must not use, or a selection of them. They are taken out of the
             features that the basis is built from, which the log tells.
+        protect_retained: protect also the features that the selection passed over for the retain texts.
 
     Raises:
         MismatchError: an SAE of the selection is missing, or another one has its name.
@@ -119,6 +179,10 @@ def subspace_from_selection(
     check_placement(model, saes)
     by_key = {sae_key(handle.identity): handle for handle in saes}
     guarded = protected_ids(protect, saes)
+    if protect_retained and selection is not None:
+        for over in selection.retained:
+            ids = guarded.setdefault(sae_key(over.sae), [])
+            ids.extend(feature for feature in over.features.tolist() if feature not in ids)
     if selection is None and not guarded:
         raise ConfigError("Neither a selection nor features to protect are given, so the Subspace would be empty.")
     sites = []
@@ -134,7 +198,7 @@ def subspace_from_selection(
         sites=tuple(sorted(sites, key=_place)),
         layout=find_layout(model),
         model=description,
-        settings={**settings, "variance": variance, "protect": found_by},
+        settings={**settings, "variance": variance, "protect": found_by, "protect_retained": protect_retained},
         protected=tuple(sorted(protected, key=_place)),
     )
 
@@ -172,6 +236,7 @@ def _build_site(
         sae=chosen.sae,
         features=chosen.features,
         scores=chosen.scores,
+        q_values=chosen.q_values,
         aligned_means=chosen.aligned_means,
         unaligned_means=chosen.unaligned_means,
         aligned_rates=chosen.aligned_rates,

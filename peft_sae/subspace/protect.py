@@ -102,11 +102,7 @@ def without_protected(chosen: SelectedFeatures, guarded: Sequence[int]) -> Selec
             "or protect fewer."
         )
     logger.warning("Features %s at %s are chosen and protected: they are left out.", both, chosen.sae.hook_name)
-    tensors = {
-        name: getattr(chosen, name)[kept]
-        for name in ("features", "scores", "aligned_means", "unaligned_means", "aligned_rates", "unaligned_rates")
-    }
-    return SelectedFeatures(sae=chosen.sae, **tensors)
+    return chosen.subset(kept)
 
 
 def protected_site(

@@ -24,6 +24,7 @@ class SubspaceSite:
         sae: the SAE that the features come from; it names the hook point.
         features: feature ids, int64 [k], best first.
         scores: their scores, float64 [k].
+        q_values: share of false discoveries among features with as small a q-value, float64 [k].
         aligned_means: mean activation on the aligned texts, float64 [k].
         unaligned_means: mean activation on the unaligned texts, float64 [k].
         aligned_rates: share of the aligned tokens on which each fires, float64 [k].
@@ -37,6 +38,7 @@ class SubspaceSite:
     sae: SaeIdentity
     features: torch.Tensor
     scores: torch.Tensor
+    q_values: torch.Tensor
     aligned_means: torch.Tensor
     unaligned_means: torch.Tensor
     aligned_rates: torch.Tensor

@@ -179,6 +179,7 @@ def test_features_table_has_a_row_per_feature(subspace):
         "rank",
         "feature",
         "score",
+        "q_value",
         "aligned_mean",
         "unaligned_mean",
         "aligned_rate",
