@@ -14,12 +14,23 @@ from typing import Any, Literal, cast
 from .errors import ArtifactError, MismatchError
 
 Side = Literal["read", "write"]
-SITE_KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z")
+SITE_KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "z", "mlp_in")
+# Not in the residual stream: each block has a space of its own there.
+LOCAL_KINDS = ("z", "mlp_in")
 
 # How far along the residual stream a kind of site lies, in half blocks. What attention adds is
 # first seen in resid_mid and what the MLP adds in resid_post, so their outputs share those places.
 _HALF_STEPS = {"resid_pre": 0, "attn_out": 1, "resid_mid": 1, "mlp_out": 2, "resid_post": 2}
-_HOOK_NAME = re.compile(r"blocks\.([0-9]{1,4})\.(?:attn\.)?hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out|z)")
+_HOOK_NAME = re.compile(
+    r"blocks\.([0-9]{1,4})\.(?:(?:attn\.)?hook_(resid_pre|resid_mid|resid_post|attn_out|mlp_out|z|mlp_in)"
+    r"|(mlp\.hook_in|ln2\.hook_normalized))"
+)
+# Hook names whose kind is not in the name:
+# - mlp.hook_in is what the MLP is given, behind the norm and its gain (TransformerLens' bridge, circuit-tracer).
+# - hook_mlp_in is what that norm is given: both HookedTransformer and the bridge put it before ln2, on a copy of
+#   resid_mid, in spite of its name. (sae-lens' Gemma Scope 2 loader means mlp.hook_in by it: see `make_handle`.)
+# - ln2.hook_normalized lies inside the norm, before its gain and bias, whether or not these are folded into the MLP.
+_OTHER_KINDS = {"mlp.hook_in": "mlp_in", "mlp_in": "resid_mid", "ln2.hook_normalized": "mlp_normalized"}
 
 
 @dataclass(frozen=True)
@@ -29,31 +40,39 @@ class Site:
     Attributes:
         block: index of the decoder block, from 0.
         kind: one of `SITE_KINDS`. `z` is the concatenated output of the heads, before the output
-            projection; the other kinds are `d_model` wide.
+            projection; `mlp_in` is the input of the MLP, behind its norm. All but `z` are `d_model` wide.
+            A transcoder's encoder may also read at `mlp_normalized`, inside the norm before the MLP: what it makes
+            of the stream before its gain and bias.
     """
 
     block: int
     kind: str
 
     @classmethod
-    def from_hook_name(cls, hook_name: str) -> Site:
+    def from_hook_name(cls, hook_name: str, *, encoder: bool = False) -> Site:
         """Parse a TransformerLens hook name such as `blocks.12.hook_resid_post`.
+
+        Args:
+            hook_name: the hook name.
+            encoder: whether only an encoder is to read there, which may be inside a norm too.
 
         Raises:
             MismatchError: the hook name is not one of a block's sites.
         """
         match = _HOOK_NAME.fullmatch(hook_name)
-        if match is None:
+        part = "" if match is None else match[2] or match[3]
+        kind = _OTHER_KINDS.get(part, part)
+        if match is None or (kind not in SITE_KINDS and not encoder):
             raise MismatchError(
                 f"Hook point {hook_name!r} is not supported: a basis can be placed only at "
                 f"{', '.join(SITE_KINDS)} of a block (for example 'blocks.12.hook_resid_post'). "
                 "Choose SAEs trained at one of these."
             )
-        return cls(block=int(match[1]), kind=match[2])
+        return cls(block=int(match[1]), kind=kind)
 
     @property
     def half_steps(self) -> int | None:
-        """Position along the residual stream in half blocks; None for `z`, which is not in it."""
+        """Position along the residual stream in half blocks; None for `z` and `mlp_in`, which are not in it."""
         step = _HALF_STEPS.get(self.kind)
         return None if step is None else 2 * self.block + step
 

@@ -21,6 +21,8 @@ LAYOUT = BlockLayout(
         ("blocks.0.hook_resid_mid", 0, "resid_mid"),
         ("blocks.3.attn.hook_z", 3, "z"),
         ("blocks.3.hook_mlp_out", 3, "mlp_out"),
+        ("blocks.3.mlp.hook_in", 3, "mlp_in"),
+        ("blocks.3.hook_mlp_in", 3, "resid_mid"),  # TransformerLens has it before the norm
     ],
 )
 def test_hook_name_gives_block_and_kind(hook_name, block, kind):
@@ -33,6 +35,13 @@ def test_unsupported_hook_name_is_an_error_that_lists_the_sites(hook_name):
         Site.from_hook_name(hook_name)
 
 
+def test_an_encoder_may_read_inside_the_norm_too():
+    assert Site.from_hook_name("blocks.1.ln2.hook_normalized", encoder=True) == Site(1, "mlp_normalized")
+    assert Site.from_hook_name("blocks.1.mlp.hook_in", encoder=True) == Site(1, "mlp_in")
+    with pytest.raises(MismatchError, match="is not supported"):
+        Site.from_hook_name("blocks.1.ln1.hook_normalized", encoder=True)
+
+
 def test_half_steps_follow_the_residual_stream():
     kinds = ["resid_pre", "resid_mid", "resid_post"]
     assert [Site(4, kind).half_steps for kind in kinds] == [8, 9, 10]
@@ -40,6 +49,7 @@ def test_half_steps_follow_the_residual_stream():
     assert Site(4, "attn_out").half_steps == Site(4, "resid_mid").half_steps
     assert Site(4, "mlp_out").half_steps == Site(4, "resid_post").half_steps
     assert Site(4, "z").half_steps is None
+    assert Site(4, "mlp_in").half_steps is None
 
 
 @pytest.mark.parametrize(

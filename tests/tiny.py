@@ -113,26 +113,35 @@ def make_sae(
     features: int = 64,
     seed: int = 0,
     kind: str = "standard",
+    out: int | None = None,
     **metadata,
 ):
-    """A standard, jumprelu, topk or gated sae-lens SAE with random weights; its decoder rows differ in length."""
+    """A sae-lens SAE of any architecture with random weights; its decoder rows differ in length.
+
+    A transcoder rebuilds the MLP's output, `out` wide, if nothing else is said.
+    """
     from sae_lens.registry import get_sae_class
     from sae_lens.saes.sae import SAEMetadata
 
     sae_cls, config_cls = get_sae_class(kind)
-    settings = {**({"k": 5} if kind == "topk" else {}), **metadata.pop("settings", {})}
+    settings = {**({"k": 5} if kind in ("topk", "abstopk") else {}), **metadata.pop("settings", {})}
+    if "transcoder" in kind:
+        settings = {"d_out": out or width, "apply_b_dec_to_input": False, **settings}
+        metadata = {"hook_name_out": f"blocks.{hook_name.split('.')[1]}.hook_mlp_out", **metadata}
     known = SAEMetadata(hook_name=hook_name, prepend_bos=True, **metadata)
     sae = sae_cls(config_cls(d_in=width, d_sae=features, metadata=known, **settings))
     normal = partial(torch.randn, generator=torch.Generator().manual_seed(seed))
     sae.W_enc.data = normal(width, features) / width**0.5
-    sae.W_dec.data = normal(features, width) * (0.2 + torch.arange(features)[:, None] / features)
+    sae.W_dec.data = normal(features, out or width) * (0.2 + torch.arange(features)[:, None] / features)
     offset = 0.1 * normal(features)
-    sae.b_dec.data = 0.1 * normal(width)
+    sae.b_dec.data = 0.1 * normal(out or width)
+    if "skip" in kind:
+        sae.W_skip.data = normal(out or width, width)
     if kind == "gated":
         sae.b_gate.data, sae.b_mag.data, sae.r_mag.data = offset, 0.1 * normal(features), 0.1 * normal(features)
-    else:
+    elif kind != "matching_pursuit":  # its encoder is its decoder
         sae.b_enc.data = offset
-    if kind == "jumprelu":
+    if "jumprelu" in kind:
         sae.threshold.data = 0.2 * normal(features).abs()
     return sae
 

@@ -16,12 +16,16 @@ class SaeIdentity:
 
     Attributes:
         name: unique short name, `release/sae_id` or the folder's name.
-        hook_name: TransformerLens name of the hook point whose activations its decoder rebuilds.
-        d_in: width of the activations.
+        hook_name: TransformerLens name of the hook point whose activations its decoder rebuilds: the place where its
+            features' directions live.
+        d_in: width of the decoder's directions, which is that of the activations at `hook_name`. For a transcoder
+            sae-lens calls this `d_out`; what its encoder takes may have another width.
         d_sae: number of features.
         model_name: the model that it was trained on, as its metadata says; None if unknown.
         neuronpedia_id: id of its dashboard on Neuronpedia; None if it has none.
         digest: SHA-256 of its encoder and decoder.
+        hook_name_in: TransformerLens name of the hook point that its encoder reads, if it is a transcoder; None if it
+            is `hook_name`.
     """
 
     name: str
@@ -31,11 +35,17 @@ class SaeIdentity:
     model_name: str | None
     neuronpedia_id: str | None
     digest: str
+    hook_name_in: str | None = None
 
     @property
     def site(self) -> Site:
-        """The hook point as a place in the model."""
+        """Where its decoder's directions live."""
         return Site.from_hook_name(self.hook_name)
+
+    @property
+    def site_in(self) -> Site:
+        """Where its encoder reads: the same place, except for a transcoder."""
+        return self.site if self.hook_name_in is None else Site.from_hook_name(self.hook_name_in, encoder=True)
 
     def neuronpedia_url(self, feature: int) -> str | None:
         """Return the address of a feature's dashboard, or None."""
@@ -54,9 +64,11 @@ class SaeIdentity:
         Raises:
             ArtifactError: an entry is missing, unknown, or of the wrong type.
         """
-        types: dict[str, Any] = {"d_in": int, "d_sae": int, "model_name": (str, type(None))}
-        types["neuronpedia_id"] = (str, type(None))
+        optional = ("model_name", "neuronpedia_id", "hook_name_in")
+        types: dict[str, Any] = {"d_in": int, "d_sae": int, **dict.fromkeys(optional, (str, type(None)))}
         names = [field.name for field in fields(cls)]
+        if isinstance(data, Mapping):
+            data = {"hook_name_in": None, **data}  # files of before there were transcoders lack it
         if not isinstance(data, Mapping) or set(data) != set(names):
             raise ArtifactError(f"An SAE's identity needs the entries {names}; found {data!r}.")
         for name in names:

@@ -1,84 +1,27 @@
-"""Loading of SAEs. sae-lens reads the weights; this module checks that they can be used here."""
+"""Loading of SAEs: sae-lens reads the weights of releases and folders."""
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..artifact import digest, looks_like_path
+from ..artifact import looks_like_path
 from ..errors import ArtifactError, ConfigError, MismatchError
-from ..layout import Site
-from .identity import SaeIdentity
+from .handle import SaeHandle, as_handles, check_distinct, make_handle
 
 if TYPE_CHECKING:
     from sae_lens import SAE
 
+__all__ = ["SaeHandle", "as_handles", "check_distinct", "load_saes", "make_handle"]
+
 _SAE_CONFIG_FILE = "cfg.json"
-_UNFOLDED = ("expected_average_only_in", "covariance_whitening")
-# These give a token features that depend on the other tokens beside it.
-_JOINT_ARCHITECTURES = ("temporal", "batchtopk", "matryoshka_batchtopk")
-
-
-@dataclass(frozen=True)
-class SaeHandle:
-    """An SAE with what is needed to run it on a plain Hugging Face model.
-
-    Attributes:
-        identity: which SAE it is.
-        sae: the sae-lens object.
-        center_input: whether the mean over `d_model` must be taken off its input, because it was
-            trained on a TransformerLens model whose writing weights are centred.
-        prepend_bos: whether it was trained on texts that begin with BOS; None if unknown.
-    """
-
-    identity: SaeIdentity
-    sae: SAE[Any]
-    center_input: bool
-    prepend_bos: bool | None
-
-    @torch.no_grad()
-    def encode(self, activations: torch.Tensor) -> torch.Tensor:
-        """Return the feature activations of `activations` as sae-lens computes them.
-
-        Args:
-            activations: shape [tokens, d_in], any floating dtype and device.
-
-        Returns:
-            Shape [tokens, d_sae], in the SAE's dtype and on its device.
-        """
-        activations = activations.to(device=self.sae.device, dtype=self.sae.dtype)
-        if self.center_input:
-            activations = activations - activations.mean(dim=-1, keepdim=True)
-        with _unchanged(self.sae):
-            if self.sae.hook_z_reshaping_mode:
-                # A plain model gives the heads' outputs already side by side, as this SAE wants them inside.
-                self.sae.turn_off_forward_pass_hook_z_reshaping()
-            features: torch.Tensor = self.sae.encode(activations)
-        return features.to_dense() if features.is_sparse else features
-
-    @property
-    def decoder(self) -> torch.Tensor:
-        """Decoder directions, shape [d_sae, d_in], one row per feature, of any length."""
-        decoder: torch.Tensor = self.sae.W_dec
-        return decoder.detach()
-
-
-@contextmanager
-def _unchanged(sae: SAE[Any]) -> Iterator[None]:
-    """Undo what encoding stores in the SAE object: its reshaping mode and the norms of the last input."""
-    before = dict(vars(sae))
-    try:
-        yield
-    finally:
-        vars(sae).clear()
-        vars(sae).update(before)
+# sae-lens adds up the decoders of all layers that such an SAE writes to, so it has no directions of one place.
+_CROSS_LAYER_LOADERS = ("mntss_clt_layer_transcoder",)
 
 
 def load_saes(
@@ -121,69 +64,6 @@ def load_saes(
         handles = _load_release(str(source), ids, layers, device, dtype or "float32")
     check_distinct(handles)
     return handles
-
-
-def make_handle(sae: SAE[Any], *, name: str | None = None, neuronpedia_id: str | None = None) -> SaeHandle:
-    """Wrap one SAE object after checking that it can be used.
-
-    Raises:
-        MismatchError: no or unsupported hook point, a transcoder, an SAE that mixes tokens, an input
-            scaling that was never folded in, or weights that are not finite.
-        ConfigError: it is no SAE.
-    """
-    if not hasattr(sae, "W_dec"):
-        raise ConfigError(
-            f"A {type(sae).__name__} is given where an SAE is needed. Give sae-lens' SAE objects, or the name of a "
-            "release or folder."
-        )
-    metadata = sae.cfg.metadata
-    hook_name = metadata.hook_name_out or metadata.hook_name
-    if not hook_name or not isinstance(hook_name, str):
-        raise MismatchError(
-            "The SAE's metadata name no hook point, so its directions have no place in the model. Set "
-            "`sae.cfg.metadata.hook_name`, for example to 'blocks.12.hook_resid_post'."
-        )
-    architecture = sae.cfg.architecture()
-    if "transcoder" in architecture or hook_name != (metadata.hook_name or hook_name):
-        raise MismatchError(
-            f"The SAE maps {metadata.hook_name!r} to {metadata.hook_name_out!r}: it is a transcoder, whose "
-            "features are not yet supported. Use SAEs that rebuild their own input."
-        )
-    if architecture in _JOINT_ARCHITECTURES:
-        raise MismatchError(
-            f"The SAE at {hook_name} is of the architecture {architecture!r}, in which a token's features depend on "
-            "the tokens beside it, so they cannot be summed up. Save a trained one for inference, or use another."
-        )
-    site = Site.from_hook_name(hook_name)
-    if sae.cfg.normalize_activations in _UNFOLDED:
-        raise MismatchError(
-            f"The SAE's input scaling {sae.cfg.normalize_activations!r} is not folded into its weights, so its "
-            "activations would be wrong. Call `sae.fold_activation_norm_scaling_factor(scale)` or "
-            "`sae.fold_activation_whitening(...)` first."
-        )
-    weights = {"W_enc": sae.W_enc, "W_dec": sae.W_dec}
-    for key, weight in weights.items():
-        if not bool(torch.isfinite(weight).all()):
-            raise MismatchError(f"The SAE's {key} at {hook_name} holds NaN or infinity. Load it again.")
-    identity = SaeIdentity.from_dict(
-        SaeIdentity(
-            name=name or metadata.neuronpedia_id or f"sae/{hook_name}",
-            hook_name=hook_name,
-            d_in=int(sae.cfg.d_in),
-            d_sae=int(sae.cfg.d_sae),
-            model_name=metadata.model_name,
-            neuronpedia_id=neuronpedia_id or metadata.neuronpedia_id,
-            digest=digest(weights),
-        ).to_dict()
-    )  # for its checks: the metadata come from a file
-    model_kwargs = metadata.model_from_pretrained_kwargs or {}
-    return SaeHandle(
-        identity=identity,
-        sae=sae,
-        # Centring changes what is written to the residual stream, not what the heads put out.
-        center_input=bool(model_kwargs.get("center_writing_weights", False)) and site.kind != "z",
-        prepend_bos=metadata.prepend_bos,
-    )
 
 
 def _load_folder(
@@ -242,6 +122,7 @@ def _load_release(
         )
     handles = []
     for sae_id in chosen:
+        _check_not_cross_layer(release, sae_id, entry)
         try:
             with _quiet():
                 sae = SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
@@ -253,6 +134,15 @@ def _load_release(
         neuronpedia_id = entry.neuronpedia_id.get(sae_id)
         handles.append(make_handle(sae, name=f"{release}/{sae_id}", neuronpedia_id=neuronpedia_id))
     return handles
+
+
+def _check_not_cross_layer(release: str, sae_id: str, entry: Any) -> None:
+    if entry.conversion_func in _CROSS_LAYER_LOADERS or "clt" in re.split(r"[^a-z]+", entry.saes_map[sae_id].lower()):
+        raise MismatchError(
+            f"{sae_id!r} of release {release!r} is a cross-layer transcoder: its features write to many blocks, and "
+            "sae-lens loads the sum of these decoders, so no direction belongs to one place. Use a release of SAEs or "
+            "of transcoders of single layers."
+        )
 
 
 def _ids_of_layers(release: str, known: list[str], layers: Sequence[int] | None) -> list[str]:
@@ -291,41 +181,6 @@ def _pick_handles(handles: list[SaeHandle], ids: Sequence[str] | None, layers: S
             f"{[handle.identity.hook_name for handle in handles]}."
         )
     return [handle for handle in handles if handle.identity.site.block in layers]
-
-
-def as_handles(saes: Sequence[SaeHandle | SAE[Any]]) -> list[SaeHandle]:
-    """Return handles, made of SAE objects where those are given.
-
-    Raises:
-        ConfigError: something else is given, such as the name of a release.
-        MismatchError: as `make_handle`.
-    """
-    if isinstance(saes, (str, Path)):
-        raise ConfigError(
-            f"saes={str(saes)!r} names SAEs that are not loaded. Use saes=load_saes({str(saes)!r}, ids=[...])."
-        )
-    given = [saes] if isinstance(saes, (SaeHandle, torch.nn.Module)) else list(saes)
-    return [entry if isinstance(entry, SaeHandle) else make_handle(entry) for entry in given]
-
-
-def check_distinct(handles: Sequence[SaeHandle]) -> None:
-    """Raise an error if there is no SAE, or if two have the same hook point.
-
-    Raises:
-        ConfigError: there is none.
-        MismatchError: two have the same hook point.
-    """
-    if not handles:
-        raise ConfigError("No SAE is given, so there is nothing to build a basis from. Give at least one.")
-    seen: dict[str, str] = {}
-    for handle in handles:
-        identity = handle.identity
-        if identity.hook_name in seen:
-            raise MismatchError(
-                f"The SAEs {seen[identity.hook_name]!r} and {identity.name!r} have the same hook point "
-                f"{identity.hook_name}. Choose one of them."
-            )
-        seen[identity.hook_name] = identity.name
 
 
 def _similar(name: str, known: Iterable[str]) -> list[str]:

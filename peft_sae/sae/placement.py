@@ -15,8 +15,9 @@ from torch import nn
 
 from ..errors import MismatchError
 from ..layout import SITE_KINDS, BlockLayout, ModuleRole, Site
-from .load import SaeHandle
+from .handle import SaeHandle
 from .model_names import is_other_model
+from .norm import can_leave_out_gain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,12 +29,13 @@ class Tap:
 
     Attributes:
         module: name of the module in the model at hand.
-        end: whether the tensor is the module's input or its output.
+        end: whether the tensor is the module's input, its output, or, of a norm, what it makes of its input before its
+            gain and bias (see `without_gain`).
         site: the same place, as the SAE's metadata name it.
     """
 
     module: str
-    end: Literal["input", "output"]
+    end: Literal["input", "output", "normalized"]
     site: Site
 
 
@@ -52,24 +54,56 @@ def find_tap(model: PreTrainedModel, site: Site) -> Tap:
             f"Hook point {site.kind} of block {site.block} does not exist: {type(model).__name__} has {count} blocks "
             f"(0 to {count - 1}). Use SAEs that were trained on this model."
         )
-    if _is_post_norm(bridge) and site.kind in ("resid_mid", "attn_out", "mlp_out"):
+    if _is_post_norm(bridge) and site.kind not in ("resid_pre", "resid_post", "z"):
         raise MismatchError(
             f"{type(model).__name__} has its norms behind the sums, so no tensor of it is what {site.kind} means "
             "elsewhere. Use SAEs at resid_pre, resid_post or z."
         )
-    alias = "attn.o.hook_in" if site.kind == "z" else bridge.hook_aliases.get(f"hook_{site.kind}")
+    alias = _alias(bridge, site.kind)
     if alias is None:
         raise MismatchError(
             f"{type(model).__name__} has no hook point {site.kind}: its blocks are built without it. Use SAEs at "
-            f"{[kind for kind in SITE_KINDS if kind == 'z' or f'hook_{kind}' in bridge.hook_aliases]}."
+            f"{[kind for kind in SITE_KINDS if _alias(bridge, kind) is not None]}."
         )
     *path, end = alias.split(".")
     module = ".".join([blocks, str(site.block), *_remote_path(bridge, path)])
+    if site.kind == "mlp_normalized":
+        _check_norm(model, module)
+        return Tap(module=module, end="normalized", site=site)
     return Tap(module=module, end="input" if end == "hook_in" else "output", site=site)
+
+
+def _alias(bridge: Any, kind: str) -> str | None:
+    """The bridge's own name within a block for a kind of site; None if the blocks have none."""
+    if kind == "z":
+        return "attn.o.hook_in"
+    if kind == "mlp_in":
+        mlp = bridge.submodules.get("mlp")
+        if mlp is None:
+            return None
+        return "mlp.hook_in" if mlp.name is not None else "mlp.in.hook_in"
+    if kind == "mlp_normalized":
+        # Where the MLP reads the stream as it is, this norm is another one, behind it.
+        direct = getattr(bridge, "mlp_reads_resid_directly", False)
+        return "ln2.hook_in" if "ln2" in bridge.submodules and not direct else None
+    alias: str | None = bridge.hook_aliases.get(f"hook_{kind}")
+    return alias
+
+
+def _check_norm(model: PreTrainedModel, name: str) -> None:
+    norm = model.get_submodule(name)
+    if not can_leave_out_gain(norm):
+        raise MismatchError(
+            f"The SAE reads inside the norm {name!r}, before its gain, and how to leave out the gain of a "
+            f"{type(norm).__name__} is not known. Use SAEs that read at resid_mid or mlp.hook_in."
+        )
 
 
 def check_placement(model: PreTrainedModel, saes: Sequence[SaeHandle]) -> list[Tap]:
     """Return the tap of every SAE after checking that the SAEs belong to the model.
+
+    Returns:
+        For each SAE the tensor that its encoder reads. (A transcoder's directions live elsewhere.)
 
     Raises:
         MismatchError: an SAE's width, hook point or model does not fit.
@@ -77,12 +111,18 @@ def check_placement(model: PreTrainedModel, saes: Sequence[SaeHandle]) -> list[T
     taps = []
     for handle in saes:
         identity = handle.identity
-        tap = find_tap(model, identity.site)
-        width = _site_width(model, tap)
-        if width != identity.d_in:
+        tap, place = find_tap(model, identity.site_in), find_tap(model, identity.site)
+        width, found = int(handle.sae.cfg.d_in), _site_width(model, tap)
+        if width != found:
             raise MismatchError(
-                f"SAE {identity.name!r} takes activations of width {identity.d_in}, and {type(model).__name__} has "
-                f"width {width} at {identity.hook_name}. Use SAEs that were trained on this model."
+                f"SAE {identity.name!r} takes activations of width {width}, and {type(model).__name__} has "
+                f"width {found} at {identity.hook_name_in or identity.hook_name}. Use SAEs that were trained on this "
+                "model."
+            )
+        if identity.d_in != _site_width(model, place):
+            raise MismatchError(
+                f"SAE {identity.name!r} rebuilds activations of width {identity.d_in}, and {type(model).__name__} has "
+                f"width {_site_width(model, place)} at {identity.hook_name}. Use SAEs that were trained on this model."
             )
         _check_model_name(model, identity.name, identity.model_name)
         taps.append(tap)
@@ -117,7 +157,10 @@ def find_layout(model: PreTrainedModel) -> BlockLayout:
     for path in _linear_paths(block, bridge, "mlp"):
         inputs, outputs = _features(block.get_submodule(path))
         if inputs == width and not _is_output(path, bridge):
-            roles[path] = (ModuleRole("read", before_mlp, norms.get("ln2", norms.get("ln1"))),)
+            roles[path] = (
+                ModuleRole("read", before_mlp, norms.get("ln2", norms.get("ln1"))),
+                ModuleRole("read", "mlp_in"),
+            )
         elif outputs == width:
             roles[path] = (ModuleRole("write", "resid_post", norms.get("ln2_post")),)
     return BlockLayout(bridge.name, roles, head, final_norm)

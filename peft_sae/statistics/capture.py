@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import MismatchError
+from ..sae.norm import without_gain
 from ..sae.placement import Tap
 
 if TYPE_CHECKING:
@@ -128,8 +129,9 @@ def _register(module: nn.Module, tap: Tap, index: int, capture: Capture) -> Any:
 
         return module.register_forward_hook(read_output)
 
-    def read_input(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        changed = capture.keep(index, args[0] if args else kwargs["hidden_states"])
+    def read_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = args[0] if args else kwargs["hidden_states"]
+        changed = capture.keep(index, without_gain(module, given) if tap.end == "normalized" else given)
         if changed is None:
             return None
         return ((changed, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": changed})

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..layout import LOCAL_KINDS
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,8 +20,8 @@ def promoted_tokens(
 ) -> tuple[tuple[str, ...], ...]:
     """The tokens with the largest logits when a direction goes straight through the unembedding."""
     unembedding = model.get_output_embeddings()
-    # The heads' outputs are not in the residual stream, which is all that the unembedding can read.
-    if tokenizer is None or unembedding is None or kind == "z" or unembedding.weight.is_meta:
+    # What is not in the residual stream, such as the heads' outputs, the unembedding cannot read.
+    if tokenizer is None or unembedding is None or kind in LOCAL_KINDS or unembedding.weight.is_meta:
         return ((),) * directions.shape[0]
     weight = unembedding.weight
     if weight.shape[-1] != directions.shape[-1]:  # quantised, or behind a projection

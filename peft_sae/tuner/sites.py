@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..layout import ModuleRole, Site
+from ..layout import LOCAL_KINDS, ModuleRole, Site
 from ..subspace import SubspaceSite
 
 
@@ -45,8 +45,8 @@ def sites_of_role(sites: Sequence[SubspaceSite], role: ModuleRole, block: int) -
         role: the module's role.
         block: index of its block.
     """
-    if role.site == "z":  # each block's heads have a space of their own
-        return [site for site in sites if site.sae.site == Site(block, "z")]
+    if role.site in LOCAL_KINDS:
+        return [site for site in sites if site.sae.site == Site(block, role.site)]
     kinds = _RESIDUAL_KINDS if role.side == "read" else _WRITE_KINDS
     return [site for site in sites if site.sae.site.kind in kinds]
 
@@ -73,7 +73,7 @@ def own_sites(sites: Sequence[SubspaceSite], role: ModuleRole, block: int) -> li
     and
     block 4's own for a writing one.
     """
-    if role.site == "z":
+    if role.site in LOCAL_KINDS:
         return list(sites)
     own = _half_steps(Site(block, role.site))
     first, last = (2 * block, own) if role.side == "read" else (own, 2 * block + 2)

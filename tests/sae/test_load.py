@@ -1,12 +1,15 @@
+import json
+
 import pytest
 import sae_lens
 import torch
 from sae_lens import BatchTopKTrainingSAE, BatchTopKTrainingSAEConfig
 from sae_lens.saes.sae import SAEMetadata
-from sae_lens.saes.transcoder import Transcoder, TranscoderConfig
 
 from peft_sae import load_saes
 from peft_sae.errors import ArtifactError, ConfigError, MismatchError
+from peft_sae.layout import Site
+from peft_sae.sae import SaeIdentity
 from tests.tiny import WIDTH, make_sae
 
 GEMMA, LLAMA, GPT2 = "gemma-scope-2b-pt-res-canonical", "llama_scope_lxr_8x", "gpt2-small-res-jb"
@@ -117,6 +120,66 @@ def test_identity_says_what_the_metadata_say():
     assert load_saes(make_sae())[0].identity.neuronpedia_url(7) is None
     assert torch.equal(handle.decoder, sae.W_dec)
     assert not handle.decoder.requires_grad
+
+
+def test_identity_of_a_transcoder_says_where_it_reads_and_where_its_directions_live():
+    (handle,) = load_saes(make_sae("blocks.1.mlp.hook_in", kind="skip_transcoder", out=48, model_name="my-model"))
+    identity = handle.identity
+    assert (identity.hook_name, identity.hook_name_in) == ("blocks.1.hook_mlp_out", "blocks.1.mlp.hook_in")
+    assert (identity.site, identity.site_in) == (Site(1, "mlp_out"), Site(1, "mlp_in"))
+    assert (identity.d_in, handle.decoder.shape) == (48, (64, 48))
+    assert handle.encode(_activations(7, WIDTH)).shape == (7, 64)
+    assert SaeIdentity.from_dict(json.loads(json.dumps(identity.to_dict()))) == identity
+
+
+def test_an_sae_reads_where_its_directions_live():
+    identity = load_saes(make_sae("blocks.1.attn.hook_z"))[0].identity
+    assert identity.hook_name_in is None
+    assert identity.site_in == identity.site == Site(1, "z")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "hook_name", "kind"),
+    [
+        # TransformerLens puts it before the norm, Gemma Scope 2 behind it: its own name tells.
+        ({}, "blocks.1.hook_mlp_in", "resid_mid"),
+        ({"hf_hook_name": "model.layers.1.pre_feedforward_layernorm.output"}, "blocks.1.mlp.hook_in", "mlp_in"),
+    ],
+)
+def test_hook_mlp_in_is_what_the_release_means_by_it(metadata, hook_name, kind):
+    identity = load_saes(make_sae("blocks.1.hook_mlp_in", kind="transcoder", **metadata))[0].identity
+    assert (identity.hook_name_in, identity.site_in) == (hook_name, Site(1, kind))
+
+
+def test_files_of_before_there_were_transcoders_are_read():
+    identity = load_saes(make_sae())[0].identity
+    data = identity.to_dict()
+    del data["hook_name_in"]
+    assert SaeIdentity.from_dict(data) == identity
+
+
+@pytest.mark.parametrize("value", [7, True, ["blocks.1.mlp.hook_in"]])
+def test_identity_with_a_wrong_place_to_read_is_an_artifact_error(value):
+    data = {**load_saes(make_sae())[0].identity.to_dict(), "hook_name_in": value}
+    with pytest.raises(ArtifactError, match="'hook_name_in' of an SAE's identity"):
+        SaeIdentity.from_dict(data)
+
+
+@pytest.mark.parametrize(
+    ("hook_name", "centred"),
+    [("blocks.1.hook_resid_mid", True), ("blocks.1.mlp.hook_in", False), ("blocks.1.ln2.hook_normalized", False)],
+)
+def test_centred_writing_weights_count_where_the_encoder_reads(hook_name, centred):
+    sae = make_sae(hook_name, kind="transcoder")
+    sae.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": True}
+    assert load_saes(sae)[0].center_input is centred
+
+
+def test_centring_is_not_done_in_the_saes_lower_precision():
+    sae = make_sae().to(dtype=torch.bfloat16)
+    sae.cfg.metadata.model_from_pretrained_kwargs = {"center_writing_weights": True}
+    x = 1000 + _activations(7, WIDTH)
+    assert torch.equal(load_saes(sae)[0].encode(x), sae.encode(x - x.mean(-1, keepdim=True)))
 
 
 def test_digest_tells_weights_apart():
@@ -246,6 +309,12 @@ def test_failed_download_names_release_and_id(monkeypatch):
         load_saes(LLAMA, layers=[1])
 
 
+def test_cross_layer_transcoders_of_a_release_are_refused_before_they_are_loaded(downloads):
+    with pytest.raises(MismatchError, match=r"'layer_0' of release 'mntss.*cross-layer transcoder.*sum of these dec"):
+        load_saes("mntss-gemma-2-2b-2.5m-clt-as-per-layer", ids=["layer_0"])
+    assert downloads == []
+
+
 def _without_hook():
     return make_sae("")
 
@@ -260,9 +329,20 @@ def _nan():
     return sae
 
 
-def _transcoder(**metadata):
-    known = SAEMetadata(hook_name="blocks.1.hook_mlp_out", **metadata)
-    return Transcoder(TranscoderConfig(d_in=WIDTH, d_sae=64, d_out=WIDTH, metadata=known, apply_b_dec_to_input=False))
+def _transcoder(hook_name="blocks.1.mlp.hook_in", **metadata):
+    return make_sae(hook_name, kind="transcoder", **metadata)
+
+
+def _three_dimensional():
+    sae = _transcoder()
+    sae.W_dec.data = sae.W_dec.data[:, None].expand(-1, 3, -1).clone()
+    return sae
+
+
+def _folded_gain():
+    sae = _transcoder()
+    sae.cfg.metadata.model_from_pretrained_kwargs = {"fold_ln": True}
+    return sae
 
 
 def _joint():
@@ -274,10 +354,18 @@ def _joint():
     ("make", "message"),
     [
         (_without_hook, r"name no hook point.*Set `sae\.cfg\.metadata\.hook_name`"),
-        (lambda: make_sae("blocks.1.hook_mlp_in"), "Hook point 'blocks.1.hook_mlp_in' is not supported"),
         (lambda: make_sae("ln_final.hook_normalized"), "is not supported"),
-        (lambda: make_sae(hook_name_out="blocks.2.hook_mlp_out"), "it is a transcoder"),
-        (_transcoder, "it is a transcoder"),
+        (lambda: make_sae("blocks.1.ln2.hook_normalized"), "a basis can be placed only at .*mlp_in"),
+        (lambda: _transcoder(hook_name_out=None), r"does not say what it rebuilds.*metadata\.hook_name_out"),
+        (lambda: _transcoder(hook_name_out="blocks.2.hook_mlp_out"), "in another block: cross-layer .* not supported"),
+        (lambda: make_sae(hook_name_out="blocks.2.hook_mlp_out"), "cross-layer transcoders are not supported"),
+        (_three_dimensional, r"shape \(64, 3, 32\).*Cross-layer transcoders are not supported"),
+        (lambda: _transcoder("blocks.1.hook_q_input"), "'blocks.1.hook_q_input' is not supported"),
+        (
+            lambda: _transcoder("blocks.1.hook_mlp_in", hf_hook_name="model.layers.1.input_layernorm.output"),
+            r"input_layernorm\.output', and it is not known that these are one place.*blocks\.N\.mlp\.hook_in",
+        ),
+        (_folded_gain, r"fold_ln=True.*'blocks\.1\.ln2\.hook_normalized'"),
         (_joint, "architecture 'batchtopk'.*depend on the tokens beside it"),
         (lambda: _unfolded("expected_average_only_in"), "not folded.*fold_activation_norm_scaling_factor"),
         (lambda: _unfolded("covariance_whitening"), "not folded.*fold_activation_whitening"),

@@ -63,6 +63,7 @@ def _expected(model, family):
         handles.append(module.register_forward_pre_hook(lambda *args: found.update({kind: args[1][0].clone()})))
 
     on_input("z", projection)
+    on_input("mlp_in", "fc1" if family == "opt" else "mlp")
     on_output("attn_out", attention)
     on_output("mlp_out", mlp)
     if norm is not None:
@@ -106,6 +107,10 @@ def _read(site, norm=None):
     return (ModuleRole("read", site, norm),)
 
 
+def _mlp_read(site, norm):
+    return (ModuleRole("read", site, norm), ModuleRole("read", "mlp_in"))
+
+
 def _out(site, norm=None):
     return (ModuleRole("write", site, norm), ModuleRole("read", "z"))
 
@@ -121,8 +126,8 @@ LAYOUTS = {
         {
             **_QKV,
             "self_attn.o_proj": _out("resid_mid"),
-            "mlp.gate_proj": _read("resid_mid", "post_attention_layernorm"),
-            "mlp.up_proj": _read("resid_mid", "post_attention_layernorm"),
+            "mlp.gate_proj": _mlp_read("resid_mid", "post_attention_layernorm"),
+            "mlp.up_proj": _mlp_read("resid_mid", "post_attention_layernorm"),
             "mlp.down_proj": _write(),
         },
     ),
@@ -131,8 +136,8 @@ LAYOUTS = {
         {
             **_QKV,
             "self_attn.o_proj": _out("resid_mid", "post_attention_layernorm"),
-            "mlp.gate_proj": _read("resid_mid", "pre_feedforward_layernorm"),
-            "mlp.up_proj": _read("resid_mid", "pre_feedforward_layernorm"),
+            "mlp.gate_proj": _mlp_read("resid_mid", "pre_feedforward_layernorm"),
+            "mlp.up_proj": _mlp_read("resid_mid", "pre_feedforward_layernorm"),
             "mlp.down_proj": _write("post_feedforward_layernorm"),
         },
     ),
@@ -141,7 +146,7 @@ LAYOUTS = {
         {
             "self_attn.qkv_proj": _read("resid_pre", "input_layernorm"),
             "self_attn.o_proj": _out("resid_mid"),
-            "mlp.gate_up_proj": _read("resid_mid", "post_attention_layernorm"),
+            "mlp.gate_up_proj": _mlp_read("resid_mid", "post_attention_layernorm"),
             "mlp.down_proj": _write(),
         },
     ),
@@ -150,7 +155,7 @@ LAYOUTS = {
         {
             "attn.c_attn": _read("resid_pre", "ln_1"),
             "attn.c_proj": _out("resid_mid"),
-            "mlp.c_fc": _read("resid_mid", "ln_2"),
+            "mlp.c_fc": _mlp_read("resid_mid", "ln_2"),
             "mlp.c_proj": _write(),
         },
     ),
@@ -159,7 +164,7 @@ LAYOUTS = {
         {
             "attention.query_key_value": _read("resid_pre", "input_layernorm"),
             "attention.dense": _out("resid_post"),
-            "mlp.dense_h_to_4h": _read("resid_pre", "post_attention_layernorm"),
+            "mlp.dense_h_to_4h": _mlp_read("resid_pre", "post_attention_layernorm"),
             "mlp.dense_4h_to_h": _write(),
         },
     ),
@@ -168,7 +173,7 @@ LAYOUTS = {
         {
             **{f"self_attn.{part}_proj": _read("resid_pre", "self_attn_layer_norm") for part in "qkv"},
             "self_attn.out_proj": _out("resid_mid"),
-            "fc1": _read("resid_mid", "final_layer_norm"),
+            "fc1": _mlp_read("resid_mid", "final_layer_norm"),
             "fc2": _write(),
         },
     ),
@@ -203,6 +208,14 @@ def test_site_that_an_architecture_lacks_is_an_error_that_lists_the_others():
         find_tap(make_model("gpt_neox"), Site(1, "resid_mid"))
 
 
+def test_a_norm_whose_gain_cannot_be_left_out_is_refused_where_an_encoder_reads_inside_it():
+    model = make_model()
+    model.model.layers[1].post_attention_layernorm = torch.nn.Identity()
+    with pytest.raises(MismatchError, match=r"post_attention_layernorm'.*gain of a Identity is not known"):
+        find_tap(model, Site(1, "mlp_normalized"))
+    assert find_tap(model, Site(1, "mlp_in")).module == "model.layers.1.mlp"
+
+
 def test_norms_after_the_sums_are_refused():
     model = OPTForCausalLM(OPTConfig(**FAMILIES["opt"][1], do_layer_norm_before=False))
     with pytest.raises(MismatchError, match=r"do_layer_norm_before=False.*no residual stream"):
@@ -232,6 +245,14 @@ def test_architecture_that_transformer_lens_does_not_know_is_an_error():
             lambda: make_sae("blocks.3.hook_resid_pre"),
             r"block 3 does not exist: LlamaForCausalLM has 3 blocks \(0 to 2\)",
         ),
+        (
+            lambda: make_sae("blocks.1.mlp.hook_in", kind="transcoder", out=16, hook_name_out="blocks.1.hook_mlp_out"),
+            r"rebuilds activations of width 16, .* width 32 at blocks\.1\.hook_mlp_out",
+        ),
+        (
+            lambda: make_sae("blocks.1.mlp.hook_in", kind="transcoder", width=16, out=WIDTH),
+            r"takes activations of width 16, .* width 32 at blocks\.1\.mlp\.hook_in",
+        ),
         (lambda: make_sae(model_name="gemma-2-2b"), "trained on 'gemma-2-2b', and the model is .*(llama)"),
     ],
 )
@@ -249,6 +270,22 @@ def test_width_of_the_heads_outputs_need_not_be_the_residual_width():
     (tap,) = check_placement(wide, load_saes(make_sae("blocks.1.attn.hook_z", width=64)))
     assert tap.module == "model.layers.1.self_attn.o_proj"
     assert "self_attn.q_proj" in find_layout(wide).roles
+
+
+@pytest.mark.parametrize(
+    ("hook_name", "tap"),
+    [
+        ("blocks.1.mlp.hook_in", ("model.layers.1.mlp", "input")),
+        ("blocks.1.ln2.hook_normalized", ("model.layers.1.pre_feedforward_layernorm", "normalized")),
+        ("blocks.1.hook_resid_mid", ("model.layers.1.pre_feedforward_layernorm", "input")),
+        ("blocks.1.hook_mlp_in", ("model.layers.1.pre_feedforward_layernorm", "input")),
+    ],
+)
+def test_a_transcoders_tap_is_where_its_encoder_reads(hook_name, tap):
+    (handle,) = load_saes(make_sae(hook_name, kind="transcoder"))
+    (found,) = check_placement(make_model("gemma2"), [handle])
+    assert (found.module, found.end) == tap
+    assert handle.identity.site == Site(1, "mlp_out")
 
 
 @pytest.mark.parametrize(
@@ -316,7 +353,7 @@ def test_an_encoder_reads_its_stream_as_it_is_and_writes_it_through_its_norms():
     }
 
 
-@pytest.mark.parametrize("kind", ["resid_mid", "attn_out", "mlp_out"])
+@pytest.mark.parametrize("kind", ["resid_mid", "attn_out", "mlp_out", "mlp_in", "mlp_normalized"])
 def test_sites_between_an_encoders_norms_are_refused(kind):
     with pytest.raises(MismatchError, match=f"norms behind the sums.*{kind}"):
         find_tap(make_classifier(), Site(1, kind))

@@ -10,6 +10,7 @@ GATE = ModuleRole("read", "resid_mid")
 O = ModuleRole("write", "resid_mid")  # noqa: E741
 DOWN = ModuleRole("write", "resid_post")
 Z = ModuleRole("read", "z")
+MLP_IN = ModuleRole("read", "mlp_in")
 
 
 def site(hook_name):
@@ -66,3 +67,12 @@ def test_directions_are_used_only_in_the_space_they_live_in():
     assert names(sites_of_role([*sites, *heads], Q, 3)) == ["blocks.3.hook_resid_post"]
     assert names(sites_of_role([*sites, *heads], O, 3)) == names(sites)
     assert names(sites_of_role([*sites, *heads], Z, 3)) == ["blocks.3.attn.hook_z"]
+
+
+def test_the_mlps_input_is_a_space_of_its_own_in_every_block():
+    sites = [site(name) for name in ("blocks.3.hook_resid_mid", "blocks.3.mlp.hook_in", "blocks.4.mlp.hook_in")]
+
+    assert names(sites_of_role(sites, MLP_IN, 3)) == ["blocks.3.mlp.hook_in"]
+    assert names(own_sites(sites_of_role(sites, MLP_IN, 4), MLP_IN, 4)) == ["blocks.4.mlp.hook_in"]
+    assert sites_of_role(sites, MLP_IN, 5) == []
+    assert names(sites_of_role(sites, GATE, 3)) == names(sites_of_role(sites, O, 3)) == ["blocks.3.hook_resid_mid"]
