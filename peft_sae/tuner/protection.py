@@ -11,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, MismatchError, UnsupportedPeftError
-from ..layout import ModuleRole, Side, Site
+from ..layout import LOCAL_KINDS, BlockLayout, ModuleRole, Side, Site
 from ..subspace import Subspace, SubspaceSite
 from ..subspace.protected import ProtectedSite, feature_name, parse_feature_name
 from .basis import orthonormal_rows, unseen_through_norm
@@ -36,11 +36,12 @@ class Protection:
         self._embedding = getattr(embeddings, "weight", None)
         self._trained = tuple(config.modules_to_save or ())
         self._directions = _choose(config, subspace)
+        self._layout: BlockLayout = subspace.layout
         # The part of a block that the heads belong to, such as self_attn.
         self._attention = {
             path.split(".")[0] for path, roles in subspace.layout.roles.items() if any(r.site == "z" for r in roles)
         }
-        self._rows: dict[tuple[str, str | None, int | None], torch.Tensor] = {}
+        self._rows: dict[tuple[str, str | None, Site | None], torch.Tensor] = {}
         if self._directions:
             _check_config(config)
             _check_guards()
@@ -49,7 +50,8 @@ class Protection:
         """Return the fields of the module's plan that say what it must not read and write.
 
         The protected features of every SAE of the residual stream count for every module that touches the stream, near
-        or far; those of a block's heads for the output projection of that block.
+        or far; those of a block's heads for the output projection of that block, and those of the MLP's input for the
+        modules of that MLP which read it.
 
         Args:
             name: the target module's name.
@@ -85,20 +87,45 @@ class Protection:
                 "heads mix what they are given, so it cannot be kept from writing them. Exclude it with "
                 "exclude_modules, or protect features of the residual stream instead."
             )
+        self._check_upstream(name, place)
         fields: dict[str, Any] = {}
         for role in place.roles:
             rows = self._role_rows(name, module, role, place)
-            if rows is not None:
-                fields[f"protected_{role.side}"] = rows.shape[0]
-                fields[f"unseen_{role.side}"] = rows
+            if rows is None:
+                continue
+            key = f"unseen_{role.side}"
+            if key in fields:  # one side of a module may be in two spaces, such as a stream's and the MLP's own
+                both = orthonormal_rows(torch.cat([fields[key], rows]).double())
+                rows = self._check_left(name, both, role.side).float()
+            fields[f"protected_{role.side}"] = rows.shape[0]
+            fields[key] = rows
         return fields
 
+    def _check_upstream(self, name: str, place: Place) -> None:
+        """Refuse a module that writes what an MLP's norm passes on, if features are protected behind that norm."""
+        written = [step for role in place.roles if role.side == "write" if (step := _step(place.block, role.site))]
+        for site, _ in self._directions:
+            here = site.sae.site
+            if here.kind == "mlp_in" and any(step <= self._mlp_step(here.block) for step in written):
+                raise ConfigError(
+                    f"What {name!r} writes reaches the MLP of block {here.block} through its norm, where features are "
+                    "protected, so it cannot be kept from writing them. Exclude it with exclude_modules, or protect "
+                    "features of the residual stream instead."
+                )
+
+    def _mlp_step(self, block: int) -> int:
+        """Where along the residual stream the MLP of a block branches off, in half blocks."""
+        for roles in self._layout.roles.values():
+            if any(role.site == "mlp_in" for role in roles):
+                return _step(block, roles[0].site) or 0
+        return _step(block, "resid_mid") or 0
+
     def _role_rows(self, name: str, module: nn.Module, role: ModuleRole, place: Place) -> torch.Tensor | None:
-        heads = role.site == "z"
+        own = Site(place.block, role.site) if role.site in LOCAL_KINDS else None
         found = [
             (site, directions)
             for site, directions in self._directions
-            if (site.sae.site == Site(place.block, "z") if heads else site.sae.site.kind != "z")
+            if (site.sae.site == own if own is not None else site.sae.site.kind not in LOCAL_KINDS)
         ]
         if not found:
             return None
@@ -110,7 +137,7 @@ class Protection:
                     f"{site.sae.hook_name} are {site.sae.d_in} wide. Use a Subspace of this model."
                 )
         directions = torch.cat([directions for _, directions in found])
-        key = (role.side, place.norm(role), place.block if heads else None)
+        key = (role.side, place.norm(role), own)
         if key not in self._rows:
             self._rows[key] = self._measure(name, directions, role.side, place.norm(role))
         rows = self._rows[key]
@@ -125,12 +152,20 @@ class Protection:
                 )
         width = directions.shape[1]
         rows = orthonormal_rows(unseen_through_norm(directions, self._norms.get(norm, width), side))
-        if rows.shape[0] >= width:
+        return self._check_left(name, rows, side).float()
+
+    @staticmethod
+    def _check_left(name: str, rows: torch.Tensor, side: Side) -> torch.Tensor:
+        if rows.shape[0] >= rows.shape[1]:
             raise ConfigError(
-                f"The protected features fill all {width} dimensions that {name!r} {side}s, so no update is left. "
-                "Protect fewer features."
+                f"The protected features fill all {rows.shape[1]} dimensions that {name!r} {side}s, so no update is "
+                "left. Protect fewer features."
             )
-        return rows.float()
+        return rows
+
+
+def _step(block: int, kind: str) -> int | None:
+    return Site(block, kind).half_steps
 
 
 def _choose(config: SaeSubspaceConfig, subspace: Subspace) -> list[tuple[SubspaceSite | ProtectedSite, torch.Tensor]]:

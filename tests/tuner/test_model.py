@@ -220,6 +220,34 @@ def test_an_sae_on_the_heads_gives_the_output_projection_a_read_basis():
     torch.testing.assert_close(layer.lora_A["default"].weight, subspace.sites[0].basis, rtol=1e-5, atol=1e-6)
 
 
+def test_an_sae_on_the_mlps_input_gives_its_readers_a_basis_without_a_norms_gain():
+    model = make_model()
+    subspace = make_subspace(model, {"blocks.1.mlp.hook_in": 3})
+    targets = ["gate_proj", "up_proj"]
+
+    adapted = adapt(model, subspace=subspace, target_modules=targets, layers_to_transform=[1])
+
+    assert len(layers(adapted)) == 2
+    for layer in layers(adapted).values():
+        torch.testing.assert_close(layer.lora_A["default"].weight, subspace.sites[0].basis, rtol=1e-5, atol=1e-6)
+    for name in ("down_proj", "o_proj", "q_proj"):
+        with pytest.raises(MismatchError, match=r"can get no basis from SAEs at \['mlp_in'\] alone"):
+            adapt(make_model(), subspace=subspace, target_modules=[name], layers_to_transform=[1])
+    with pytest.raises(MismatchError, match=r"layers\.0\.mlp\.gate_proj' can get no basis .* it reads resid_mid"):
+        adapt(make_model(), subspace=subspace, target_modules=targets)
+
+
+def test_an_sae_on_the_mlps_input_changes_nothing_where_there_is_one_of_the_stream():
+    plans = []
+    for hooks in ({"blocks.1.hook_resid_post": 3}, {"blocks.1.hook_resid_post": 3, "blocks.1.mlp.hook_in": 2}):
+        model = make_model()
+        adapted = adapt(model, subspace=make_subspace(model, hooks), target_modules=["gate_proj", "down_proj"])
+        plans.append(adapted.peft_config["default"].basis_record["modules"])
+
+    assert plans[0] == plans[1]
+    assert {entry["hook_name"] for entry in plans[0].values()} == {"blocks.1.hook_resid_post"}
+
+
 def test_sides_override_the_architecture():
     adapted = adapt(
         make_model(), r=3, target_modules=["q_proj", "v_proj", "lm_head"], sides={"v_proj": "none", "lm_head": "read"}

@@ -80,7 +80,7 @@ def directions(subspace, model, name):
     place = subspace.layout.locate(name)
     stacked = torch.cat([site.directions for site in subspace.protected]).double()
     for role in subspace.layout.roles[place[2]]:
-        if role.site == "z":
+        if role.site in ("z", "mlp_in"):  # not in the stream
             continue
         rows = stacked
         if role.norm is not None:
@@ -381,6 +381,60 @@ def test_heads_are_protected_in_their_own_block_only():
         config = SaeSubspaceConfig(subspace=subspace, r=4, target_modules=[target])
         with pytest.raises(ConfigError, match=rf"What 'model.layers.1.self_attn.{target}' computes becomes the heads'"):
             get_peft_model(make_model(), config)
+
+
+def update(adapted, name):
+    return adapted.get_base_model().get_submodule(name).get_delta_weight("default").detach()
+
+
+def test_the_mlps_input_is_protected_where_its_own_block_reads_it():
+    model = make_model()
+    hooks = {"blocks.1.mlp.hook_in": 2, "blocks.0.hook_resid_post": 1}
+    subspace = make_subspace(model, {"blocks.1.hook_resid_post": 4}, protected=hooks)
+    torch.manual_seed(0)
+    config = SaeSubspaceConfig(subspace=subspace, r=4, target_modules=["gate_proj", "q_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    train(adapted)
+    record = adapted.peft_config["default"].basis_record["modules"]
+    counts = {name: entry["protected_read"] for name, entry in record.items()}
+    assert counts.pop("model.layers.1.mlp.gate_proj") == 3
+    assert set(counts.values()) == {1}
+    own, other = (update(adapted, f"model.layers.{block}.mlp.gate_proj") for block in (1, 2))
+    directions = subspace.protected[0].directions
+    assert (own @ directions.T).abs().max() < 1e-6 * own.norm() < 1e-2 * (other @ directions.T).abs().max()
+    stream = subspace.protected[1].directions * model.model.layers[1].post_attention_layernorm.weight.detach()
+    assert (own @ stream.T).abs().max() < 1e-6 * own.norm()
+
+
+@pytest.mark.parametrize(
+    ("family", "target", "refused"),
+    [
+        ("llama", "model.layers.0.mlp.down_proj", True),
+        ("llama", "model.layers.1.self_attn.o_proj", True),
+        ("llama", "model.layers.1.mlp.down_proj", False),
+        ("llama", "model.layers.2.self_attn.o_proj", False),
+        ("gpt_neox", "gpt_neox.layers.0.mlp.dense_4h_to_h", True),
+        ("gpt_neox", "gpt_neox.layers.1.attention.dense", False),  # beside the MLP, not before it
+    ],
+)
+def test_what_writes_before_an_mlp_cannot_be_kept_from_features_of_its_input(family, target, refused):
+    model = make_model(family)
+    subspace = make_subspace(model, {"blocks.1.hook_resid_post": 4}, protected={"blocks.1.mlp.hook_in": 2})
+    config = SaeSubspaceConfig(subspace=subspace, r=4, target_modules=[target])
+    if not refused:
+        get_peft_model(model, config)
+        return
+    with pytest.raises(ConfigError, match=rf"What '{target}' writes reaches the MLP of block 1 through its norm"):
+        get_peft_model(model, config)
+
+
+def test_the_spaces_of_one_side_together_leave_something():
+    model = make_model()
+    hooks = {"blocks.1.mlp.hook_in": 20, "blocks.0.hook_resid_post": 20}
+    subspace = make_subspace(model, {"blocks.1.hook_resid_post": 4}, protected=hooks)
+    config = SaeSubspaceConfig(subspace=subspace, r=4, target_modules=["gate_proj"])
+    with pytest.raises(ConfigError, match=r"fill all 32 dimensions that 'model\.layers\.1\.mlp\.gate_proj' reads"):
+        get_peft_model(model, config)
 
 
 def test_an_empty_basis_with_protection_is_lora_that_ignores_features():
