@@ -124,7 +124,8 @@ def make_sae(
     from sae_lens.saes.sae import SAEMetadata
 
     sae_cls, config_cls = get_sae_class(kind)
-    settings = {**({"k": 5} if kind in ("topk", "abstopk") else {}), **metadata.pop("settings", {})}
+    sparsity = {"topk": {"k": 5}, "abstopk": {"k": 5}, "matching_pursuit": {"max_iterations": 4}}
+    settings = {**sparsity.get(kind, {}), **metadata.pop("settings", {})}
     if "transcoder" in kind:
         settings = {"d_out": out or width, "apply_b_dec_to_input": False, **settings}
         metadata = {"hook_name_out": f"blocks.{hook_name.split('.')[1]}.hook_mlp_out", **metadata}
@@ -139,7 +140,9 @@ def make_sae(
         sae.W_skip.data = normal(out or width, width)
     if kind == "gated":
         sae.b_gate.data, sae.b_mag.data, sae.r_mag.data = offset, 0.1 * normal(features), 0.1 * normal(features)
-    elif kind != "matching_pursuit":  # its encoder is its decoder
+    elif kind == "matching_pursuit":  # its encoder is its decoder, and it wants rows of length 1
+        sae.W_dec.data = torch.nn.functional.normalize(sae.W_dec.data, dim=-1)
+    else:
         sae.b_enc.data = offset
     if "jumprelu" in kind:
         sae.threshold.data = 0.2 * normal(features).abs()
