@@ -89,6 +89,18 @@ def test_capture_reads_every_site_as_it_is(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_inside_its_norm_the_mlps_input_differs_only_by_the_gain(family):
+    model = make_model(family)
+    inside, behind = (find_tap(model, Site(BLOCK, kind)) for kind in ("mlp_normalized", "mlp_in"))
+    norm = model.get_submodule(inside.module)
+    with capturing(model, [inside, behind]) as capture:
+        plain, with_gain = capture.run(IDS, ATTENTION)
+    assert (plain - with_gain).abs().max() > 0.1
+    gain, bias = norm.weight.detach() + family.startswith("gemma"), getattr(norm, "bias", None)
+    torch.testing.assert_close(plain * gain + (0 if bias is None else bias), with_gain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_sites_add_up_to_the_residual_stream(family):
     """attn_out and mlp_out are what is added, post-norms included."""
     model = make_model(family)
