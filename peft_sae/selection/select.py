@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from ..errors import MismatchError, SelectionError
+from ..sae.handle import SaeHandle, as_handles
 from ..sae.identity import SaeIdentity
-from ..sae.load import SaeHandle, as_handles
 from ..statistics.moments import FeatureMoments
 from ..statistics.statistics import FeatureStatistics
 from .contrast import Contrast

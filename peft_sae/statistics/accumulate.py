@@ -6,7 +6,8 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from ..sae.load import SaeHandle
+from ..errors import ConfigError
+from ..sae.handle import SaeHandle
 from .batches import Batch
 from .moments import FeatureMoments
 from .parts import HISTOGRAM_BINS, ActivationHistogram, ExampleSample, Measures, RawMoments, TopExamples, sample_order
@@ -129,6 +130,11 @@ class ClassSums:
         self._fired += torch.bincount(ids, minlength=self._d_sae)
         self._maximum.scatter_reduce_(0, ids, values, "amax")
         if len(self._bins):
+            if bool((values < 0).any()):
+                raise ConfigError(
+                    f"The SAE {self._handle.identity.name!r} has negative activations, of which no histogram is kept. "
+                    "Use measures without histograms."
+                )
             cells = ids * HISTOGRAM_BINS + ActivationHistogram.bins(values)
             self._bins.index_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
 

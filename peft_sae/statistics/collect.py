@@ -14,8 +14,8 @@ import torch
 from tqdm.auto import tqdm
 
 from ..errors import ConfigError, DataError
-from ..sae.load import SaeHandle, as_handles, check_distinct
-from ..sae.placement import Tap, check_placement
+from ..sae.handle import SaeHandle, as_handles, check_distinct
+from ..sae.placement import Tap, check_placement, find_tap
 from .accumulate import POOLINGS, ClassSums, NotFinite, Pooling
 from .batches import Batch, iterate_batches
 from .capture import Capture, capturing
@@ -113,12 +113,14 @@ def collect_statistics(
         check_distinct(saes)
         taps = check_placement(model, saes)
         limit = _context_length(model, max_length)
+        prepend_bos = any(handle.prepend_bos for handle in saes)
         settings = {
             "model": model_description(model),
             "tokens": tokens,
             "pooling": pooling,
             "quantity": "activation" if attribute is None else "attribution",
             "max_length": limit,
+            "prepend_bos": prepend_bos,
         }
         collection = _Collection(saes, settings, measures or Measures(), share, batch_size, progress)
         _check_measures(collection.measures, attribute, saes)
@@ -131,8 +133,7 @@ def collect_statistics(
         }
         file = StateFile(state, run, share, save_every)
         collection.resume(file)
-        prepend_bos = any(handle.prepend_bos for handle in saes)
-        with _capturing(model, taps, attribute) as capture:
+        with _capturing(model, taps, saes, attribute) as capture:
             for label, records in data.items():
                 reader = ExampleReader(tokenizer, tokens=tokens, max_length=limit, prepend_bos=prepend_bos)
                 collection.read(label, records, reader, tokenizer.pad_token_id or 0, capture)
@@ -145,9 +146,12 @@ def collect_statistics(
 
 
 def _capturing(
-    model: PreTrainedModel, taps: Sequence[Tap], attribute: Objective | None
+    model: PreTrainedModel, taps: Sequence[Tap], saes: Sequence[SaeHandle], attribute: Objective | None
 ) -> AbstractContextManager[Capture]:
-    return capturing(model, taps) if attribute is None else capturing_gradients(model, taps, attribute)
+    if attribute is None:
+        return capturing(model, taps)
+    written = [find_tap(model, handle.identity.site) for handle in saes]
+    return capturing_gradients(model, taps, written, attribute)
 
 
 class _Collection:

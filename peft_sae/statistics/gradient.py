@@ -62,15 +62,20 @@ def logit_difference(tokenizer: PreTrainedTokenizerBase, positive: Sequence[str]
 
 
 class GradientCapture(Capture):
-    """Reads activations and the gradients of an objective with respect to them. Made by `capturing_gradients`."""
+    """Reads activations where SAEs read, and the gradients of an objective where they write.
 
-    def __init__(self, model: PreTrainedModel, taps: Sequence[Tap], objective: Objective) -> None:
-        super().__init__(model, taps)
-        self._objective = objective
+    Made by `capturing_gradients`. The two places differ for transcoders only.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, read: Sequence[Tap], written: Sequence[Tap], objective: Objective
+    ) -> None:
+        super().__init__(model, [*read, *written])
+        self._objective, self._count = objective, len(read)
         self._leaves: dict[int, torch.Tensor] = {}
 
     def run_with_gradients(self, batch: Batch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return the activations at every site and the gradients, each [batch, length, width].
+        """Return the activations and the gradients of every SAE, each [batch, length, width].
 
         Raises:
             MismatchError: the forward pass never reached a site.
@@ -79,37 +84,41 @@ class GradientCapture(Capture):
         self._leaves.clear()
         with torch.enable_grad():
             logits = self._forward(batch.ids, batch.attention).logits
+            activations = [tensor.detach() for tensor in self._captured(batch.ids)]
             objective = self._objective(logits, batch)
-            leaves = [self._leaves[index] for index in range(len(self._taps))]
             if not objective.requires_grad:
                 raise DataError(
-                    "The objective does not depend on the model's activations, so there is nothing to attribute: none "
-                    "of the batch's tokens counts, or it was computed without gradients."
+                    "The objective does not depend on the model's activations, so there is nothing to attribute. It "
+                    "must be computed from the logits, with gradients."
                 )
-            gradients = torch.autograd.grad(objective, leaves, allow_unused=True)
-        activations = [tensor.detach() for tensor in self._captured(batch.ids)]
-        shaped = [
+            leaves = [self._leaves[index] for index in range(self._count, 2 * self._count)]
+            found = torch.autograd.grad(objective, leaves, allow_unused=True)
+        gradients = [
             torch.zeros_like(activation) if gradient is None else gradient.reshape(activation.shape)
-            for gradient, activation in zip(gradients, activations, strict=True)
+            for gradient, activation in zip(found, activations[self._count :], strict=True)
         ]
-        return activations, shaped
+        return activations[: self._count], gradients
 
     def keep(self, index: int, activations: torch.Tensor) -> torch.Tensor | None:
-        """Store one site's activations, and let a leaf of the graph begin there."""
-        leaf = torch.zeros_like(activations, requires_grad=True)
-        self._found[index], self._leaves[index] = activations, leaf
-        return activations + leaf
+        """Store one site's activations, and let a leaf of the graph begin where an SAE writes."""
+        self._found[index] = activations
+        if index < self._count:
+            return None
+        self._leaves[index] = torch.zeros_like(activations, requires_grad=True)
+        return activations + self._leaves[index]
 
 
 @contextmanager
-def capturing_gradients(model: PreTrainedModel, taps: Sequence[Tap], objective: Objective) -> Iterator[GradientCapture]:
-    """Hook the sites of a model for the time of a `with` block.
+def capturing_gradients(
+    model: PreTrainedModel, read: Sequence[Tap], written: Sequence[Tap], objective: Objective
+) -> Iterator[GradientCapture]:
+    """Hook the places where SAEs read and write for the time of a `with` block.
 
-    The parameters need no gradients inside, so the graph begins at the first site; the model is left as it was found.
+    The parameters need no gradients inside, so the graph begins at the first place; the model is left as it was found.
     """
-    capture = GradientCapture(model, taps, objective)
+    capture = GradientCapture(model, read, written, objective)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    with evaluating(model), hook(model, taps, capture):
+    with evaluating(model), hook(model, [*read, *written], capture):
         try:
             for parameter in trained:
                 parameter.requires_grad_(False)

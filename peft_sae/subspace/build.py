@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import ConfigError, MismatchError
-from ..sae.load import SaeHandle, as_handles
+from ..sae.handle import SaeHandle, as_handles
 from ..sae.placement import check_placement, find_layout
 from ..selection.criteria import Criteria
 from ..selection.registry import get_selector

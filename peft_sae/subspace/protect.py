@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 
 from ..errors import ConfigError, SelectionError
+from ..sae.handle import SaeHandle, as_handles
 from ..sae.identity import SaeIdentity
-from ..sae.load import SaeHandle, as_handles
 from ..selection.select import SelectedFeatures, Selection
 from ..statistics.records import Data, check_data
 from .protected import ProtectedSite, parse_feature_name
