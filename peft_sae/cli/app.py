@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..errors import ConfigError, PeftSaeError
+from ..errors import PeftSaeError
+from .select import select
 
 app = typer.Typer(
     name="peft-sae",
@@ -60,89 +61,7 @@ def demo(
     run_demo(output, seed=seed, progress=not quiet)
 
 
-@app.command()
-def select(
-    model: Annotated[str, typer.Option(help="Folder or Hub id of the base model.")],
-    saes: Annotated[str, typer.Option(help="sae-lens release, or folder of SAEs.")],
-    aligned: Annotated[str, typer.Option(help="JSONL file of texts to move towards.")],
-    unaligned: Annotated[str, typer.Option(help="JSONL file of texts to move away from.")],
-    output: Annotated[Path, typer.Option(help="Folder that the Subspace is written to.")],
-    ids: Annotated[list[str] | None, typer.Option("--id", help="SAE of the release; repeat for more.")] = None,
-    layers: Annotated[list[int] | None, typer.Option("--layer", help="Block, instead of --id; repeat.")] = None,
-    selector: Annotated[str, typer.Option(help="How features are scored.")] = "mean_difference",
-    top_k: Annotated[int, typer.Option(help="Features per SAE.")] = 64,
-    variance: Annotated[float, typer.Option(help="Share of variance that the basis keeps.")] = 0.8,
-    tokens: Annotated[str, typer.Option(help="Tokens that count: all, prompt or response.")] = "all",
-    batch_size: Annotated[int, typer.Option(help="Texts per forward pass.")] = 8,
-    max_length: Annotated[int | None, typer.Option(help="Tokens per text; longer ones are cut.")] = None,
-    protect: Annotated[
-        list[str] | None, typer.Option(help="Feature that the update must not use, such as 12:4051; repeat.")
-    ] = None,
-    protect_contrast: Annotated[
-        tuple[str, str] | None,
-        typer.Option(help="Instead: two JSONL files that differ only in what the update is to ignore."),
-    ] = None,
-    protect_top_k: Annotated[int, typer.Option(help="Features per SAE that the contrast protects.")] = 16,
-    dtype: Annotated[str | None, typer.Option(help="dtype to load the model in, for example bfloat16.")] = None,
-    device: Annotated[str, typer.Option(help="Device for model and SAEs.")] = "cpu",
-    statistics: Annotated[Path | None, typer.Option(help="Also write the statistics, to this folder.")] = None,
-    quiet: Quiet = False,
-) -> None:
-    """Choose SAE features with two sets of text, build their basis, and write both as a Subspace.
-
-    Example: `peft-sae select --model google/gemma-2-2b --saes gemma-scope-2b-pt-res-canonical
-    --id layer_10/width_16k/canonical --aligned good.jsonl --unaligned bad.jsonl --output outputs/subspace`
-    """
-    from ..artifact import check_target
-    from ..sae import load_saes
-    from ..selection import select_features
-    from ..statistics import FeatureStatistics, collect_statistics
-    from ..statistics.records import check_data
-    from ..statistics.statistics import STATISTICS_FILES
-    from ..subspace.artifact import SUBSPACE_FILES
-    from ..subspace.build import subspace_from_selection
-    from ..subspace.protect import find_protected, protected_ids
-    from ..training.job import load_model
-    from .tables import print_features
-
-    if protect and protect_contrast:
-        raise ConfigError("--protect and --protect-contrast both say what is protected. Use one of the two.")
-    check_target(output, owned=SUBSPACE_FILES)
-    if statistics is not None:
-        check_target(statistics, owned=STATISTICS_FILES)
-    check_data(aligned, "aligned")
-    check_data(unaligned, "unaligned")
-    handles = load_saes(saes, ids=ids or None, layers=layers or None, device=device)
-    if protect:
-        protected_ids(protect, handles)
-    base, tokenizer = load_model(model, dtype=dtype)
-    base.to(device)
-
-    def collect(first: str, second: str) -> FeatureStatistics:
-        return collect_statistics(
-            base,
-            tokenizer,
-            {"aligned": first, "unaligned": second},
-            handles,
-            tokens=tokens,  # type: ignore[arg-type]  # checked there, with a better message than Typer's
-            batch_size=batch_size,
-            max_length=max_length,
-            progress=not quiet,
-        )
-
-    guarded = find_protected(
-        protect_contrast or protect,
-        handles,
-        lambda first, second: select_features(collect(str(first), str(second)), top_k=protect_top_k),
-    )
-    collected = collect(aligned, unaligned)
-    if statistics is not None:
-        collected.save_pretrained(statistics)
-    selection = select_features(collected, selector=selector, top_k=top_k)
-    subspace = subspace_from_selection(base, tokenizer, selection, handles, variance=variance, protect=guarded)
-    subspace.save_pretrained(output)
-    print_features(subspace)
-    Console().print(f"Subspace written to {output}", markup=False)
+app.command()(select)
 
 
 @app.command()

@@ -18,6 +18,7 @@ from ..export import merge_checkpoint
 from ..sae import load_saes
 from ..subspace import Subspace
 from ..subspace.build import build_subspace
+from ..subspace.controls import control_subspace
 from ..training import TrainingJob, read_job, train_adapter
 from ..training.job import load_model
 from .context import one_thread, transformers_bars
@@ -117,7 +118,7 @@ def _run(root: Path, seed: int, progress: bool) -> DemoResult:
     console.rule("Control: the same training from a random basis of the same ranks")
     control_job = replace(job, output=str(root / "control"))
     base, _ = load_model(world.model)
-    random = _train(control_job, base, tokenizer, random_bases(subspace, seed=seed), seed, progress)
+    random = _train(control_job, base, tokenizer, control_subspace(subspace, "random", seed=seed), seed, progress)
     control = evaluate(random, tokenizer, requests, progress=progress)
     clock.lap("control")
 
@@ -130,22 +131,6 @@ def _run(root: Path, seed: int, progress: bool) -> DemoResult:
 def _train(job: TrainingJob, model: Any, tokenizer: Any, subspace: Subspace, seed: int, progress: bool) -> PeftModel:
     config = replace(job.adapter_config(), subspace=subspace)
     return train_adapter(model, tokenizer, job.data, config, job.output, progress=progress, seed=seed, **job.training)
-
-
-def random_bases(subspace: Subspace, *, seed: int) -> Subspace:
-    """Return a Subspace of the same sites and ranks whose bases are random: what training alone can do.
-
-    Args:
-        subspace: the Subspace to stand beside.
-        seed: decides the directions.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    sites = []
-    for site in subspace.sites:
-        directions = torch.randn(site.sae.d_in, site.rank, generator=generator)
-        basis = torch.linalg.qr(directions)[0].T.contiguous()
-        sites.append(replace(site, basis=basis, coefficients=torch.zeros_like(site.coefficients)))
-    return replace(subspace, sites=tuple(sites), settings={**subspace.settings, "selector": "random bases"})
 
 
 class _Clock:

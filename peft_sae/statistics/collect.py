@@ -21,6 +21,7 @@ from .batches import Batch, iterate_batches
 from .capture import Capture, capturing
 from .data import Example, ExampleReader, TokenChoice
 from .gradient import GradientCapture, Objective, capturing_gradients
+from .model import model_description
 from .moments import FeatureMoments
 from .parts import Measures
 from .records import Data, iterate_records
@@ -330,14 +331,3 @@ def _context_length(model: PreTrainedModel, max_length: int | None) -> int:
     if not 2 <= max_length <= limit:
         raise ConfigError(f"max_length={max_length} is not between 2 and the model's context length {limit}.")
     return max_length
-
-
-def model_description(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what identifies a model: name, model_type, hidden_size, num_hidden_layers."""
-    config, text = model.config, model.config.get_text_config()
-    return {
-        "name": str(getattr(config, "_name_or_path", "") or ""),
-        "model_type": str(config.model_type),
-        "hidden_size": int(getattr(text, "hidden_size", 0) or 0),
-        "num_hidden_layers": int(getattr(text, "num_hidden_layers", 0) or 0),
-    }

@@ -13,9 +13,10 @@ from ..selection.criteria import Criteria
 from ..selection.registry import get_selector
 from ..selection.select import SelectedFeatures, Selection, select_features
 from ..statistics.accumulate import Pooling
-from ..statistics.collect import collect_statistics, model_description
+from ..statistics.collect import collect_statistics
 from ..statistics.data import TokenChoice
 from ..statistics.gradient import Objective, log_likelihood
+from ..statistics.model import check_same_model, model_description
 from ..statistics.parts import Measures
 from ..statistics.records import Data, check_data
 from ..statistics.statistics import FeatureStatistics
@@ -193,11 +194,12 @@ def subspace_from_selection(
     protected = [protected_site(by_key[key], ids, model, tokenizer) for key, ids in guarded.items()]
     found_by = dict(protect.settings) if isinstance(protect, Selection) else list(protect)
     settings = {} if selection is None else dict(selection.settings)
-    description = settings["statistics"]["model"] if settings else model_description(model)
+    if settings:
+        check_same_model(settings["statistics"]["model"], model)
     return Subspace(
         sites=tuple(sorted(sites, key=_place)),
         layout=find_layout(model),
-        model=description,
+        model=model_description(model),
         settings={**settings, "variance": variance, "protect": found_by, "protect_retained": protect_retained},
         protected=tuple(sorted(protected, key=_place)),
     )

@@ -95,15 +95,23 @@ def test_help_shows_an_example(run, command):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("select",), 2, "Missing option '--model'"),
+        (("merge",), 2, "Missing argument 'base'"),
+        (("select",), 1, "ConfigError: The command lacks the keys ['model', 'saes', 'output']"),
         (("frobnicate",), 2, "No such command"),
         (
             (*SELECT, "--selector", "best"),
             1,
-            r"SelectionError: Selector 'best' is unknown. Use one of ['mean_difference'",
+            r"SelectionError: Selector 'best' is unknown. Use one of ['attribution', 'auroc'",
         ),
-        ((*SELECT, "--tokens", "some"), 1, "ConfigError: tokens='some' is unknown"),
-        ((*SELECT, "--top-k", "999"), 1, "SelectionError: Only"),
+        (
+            (*SELECT, "--tokens", "some"),
+            1,
+            "ConfigError: Key 'tokens' in the command is 'some', and 'all' or 'prompt' or",
+        ),
+        ((*SELECT, "--top-k", "0"), 1, "SelectionError: top_k=0 selects nothing"),
+        ((*SELECT, "--preferences", "aligned.jsonl"), 1, "ConfigError: It takes one of three"),
+        ((*SELECT, "--drop", "1:3"), 1, "SelectionError: '1:3' names an SAE at '1', and there are SAEs at"),
+        ((*SELECT, "--control", "sae"), 1, "ConfigError: Key 'control' in the command is 'sae', and 'random' or"),
         ((*SELECT, "--variance", "0"), 1, "ConfigError: variance=0.0 is no share"),
         ((*SELECT, "--layer", "7"), 1, "ConfigError: No SAE belongs to the layers [7]"),
         ((*SELECT, "--model", "nowhere"), 1, "ConfigError: The model 'nowhere' cannot be loaded"),

@@ -15,7 +15,8 @@ import peft_sae
 from peft_sae import Subspace
 from peft_sae.cli import main
 from peft_sae.demo.evaluate import evaluate, read_requests
-from peft_sae.demo.run import random_bases, run_demo
+from peft_sae.demo.run import run_demo
+from peft_sae.subspace.controls import control_subspace
 
 pytestmark = [
     pytest.mark.demo,
@@ -88,7 +89,7 @@ def test_the_control_has_the_same_ranks_and_none_of_the_features(finished):
     folder, _ = finished
     chosen = Subspace.from_pretrained(folder / "subspace")
 
-    control = random_bases(chosen, seed=0)
+    control = control_subspace(chosen, "random", seed=0)
 
     for random, site in zip(control.sites, chosen.sites, strict=True):
         torch.testing.assert_close(random.basis @ random.basis.T, torch.eye(site.rank), rtol=0, atol=1e-5)

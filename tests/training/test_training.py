@@ -58,7 +58,7 @@ def test_training_lowers_the_loss_on_completions_only(tmp_path):
     [
         ({"adaptor": {}}, "unknown key 'adaptor'.* Did you mean 'adapter'"),
         ({"model": None}, r"lacks the keys \['model'\]"),
-        ({"adapter": []}, r"Key 'adapter' .* is \[\], of the wrong type"),
+        ({"adapter": []}, r"Key 'adapter' .* is \[\], and a mapping is needed"),
         ({"adapter": {"rank": 3}}, "no field 'rank'"),
         ({"adapter": {"subspace": "x"}}, "Put it at the top"),
     ],

@@ -1,0 +1,106 @@
+"""Fields of a job from a YAML file, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from ..errors import ConfigError, suggest
+
+
+def read_fields(kind: type[Any], path: str | Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a dataclass' fields from a YAML file, in which other values take the place of some.
+
+    Args:
+        kind: the dataclass.
+        path: the YAML file; None for no file. Relative paths in it are relative to the working directory.
+        overrides: values that take the place of the file's; those that are None, and empty lists, do not.
+
+    Raises:
+        ConfigError: the file cannot be read, a key is unknown or missing, or a value has the wrong type.
+    """
+    data = {} if path is None else _read_yaml(path)
+    data.update({name: value for name, value in overrides.items() if value is not None and value != []})
+    place = "the command" if path is None else f"'{path}'"
+    start = place[0].upper() + place[1:]
+    known = {entry.name: entry for entry in fields(kind)}
+    for key in data:
+        if key not in known:
+            hint = suggest(str(key), known) or f" Known keys: {sorted(known)}."
+            raise ConfigError(f"{start} has the unknown key {key!r}, which would have no effect.{hint}")
+    missing = [
+        name
+        for name, entry in known.items()
+        if entry.default is MISSING and entry.default_factory is MISSING and data.get(name) is None
+    ]
+    if missing:
+        remedy = "Give a file that has them with --config" if path is None else "Add them"
+        raise ConfigError(f"{start} lacks the keys {missing}. {remedy}, or give them on the command line.")
+    hints = typing.get_type_hints(kind)
+    data = {key: _number(value) for key, value in data.items()}
+    for key, value in data.items():
+        if not _fits(value, hints[key]):
+            raise ConfigError(
+                f"Key {key!r} in {place} is {value!r}, and {_wanted(hints[key])} is needed. See configs/ for an "
+                "example."
+            )
+    return data
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"'{path}' cannot be opened ({error.strerror}). Give the path of a job file.") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"'{path}' cannot be read as YAML ({error}). Give the path of a job file.") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"'{path}' holds a {type(data).__name__}, and a mapping of keys is needed. See configs/.")
+    return data
+
+
+def _wanted(hint: Any) -> str:
+    """What an annotated type means to the writer of a file."""
+    options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    words = []
+    for option in options:
+        if get_origin(option) is Literal:
+            words += [repr(value) for value in get_args(option)]
+        elif option is type(None):
+            words.append("nothing")
+        else:
+            origin = get_origin(option) or option
+            words.append("a list" if origin is Sequence else "a mapping" if origin is Mapping else origin.__name__)
+    return " or ".join(words)
+
+
+def _number(value: Any) -> Any:
+    """A number that YAML 1.1 takes for text, since it wants a point in `2e-4`; in mappings too."""
+    if isinstance(value, Mapping):
+        return {key: _number(entry) for key, entry in value.items()}
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value) else value
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of an annotated type."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is not None and issubclass(origin, Mapping):
+        return isinstance(value, Mapping)
+    if origin is not None and issubclass(origin, Sequence):
+        return isinstance(value, (list, tuple)) and all(_fits(one, inner[0]) for one in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
