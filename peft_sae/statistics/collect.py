@@ -114,7 +114,7 @@ def collect_statistics(
         check_distinct(saes)
         taps = check_placement(model, saes)
         limit = _context_length(model, max_length)
-        prepend_bos = any(handle.prepend_bos for handle in saes)
+        prepend_bos = _prepends_bos(saes)
         settings = {
             "model": model_description(model),
             "tokens": tokens,
@@ -322,6 +322,18 @@ def _length(records: Data) -> int | None:
         return len(records) if isinstance(records, Sized) and not isinstance(records, str) else None
     except TypeError:
         return None
+
+
+def _prepends_bos(saes: Sequence[SaeHandle]) -> bool:
+    wanted = {handle.prepend_bos for handle in saes} - {None}
+    if len(wanted) == 2:
+        without = [handle.identity.hook_name for handle in saes if handle.prepend_bos is False]
+        logger.warning(
+            "Every text begins with BOS here, as some of the SAEs were trained; those at %s were trained without. Use "
+            "SAEs that agree, or collect them apart.",
+            without,
+        )
+    return True in wanted
 
 
 def _context_length(model: PreTrainedModel, max_length: int | None) -> int:

@@ -251,3 +251,11 @@ def test_progress_bar_can_be_switched_off(llama, tokenizer, saes, capfd):
     assert capfd.readouterr().err == ""
     collect_statistics(llama, tokenizer, DATA, saes)
     assert "statistics (unaligned)" in capfd.readouterr().err
+
+
+def test_saes_that_disagree_about_bos_are_told_of(llama, tokenizer, caplog):
+    first, second = make_sae(HOOKS[0]), make_sae(HOOKS[2])
+    second.cfg.metadata.prepend_bos = False
+    settings = _collect(llama, tokenizer, load_saes([first, second])).settings
+    assert settings["prepend_bos"] is True
+    assert "those at ['blocks.1.hook_resid_post'] were trained without" in caplog.text
