@@ -72,7 +72,7 @@ class ActivationHistogram:
     @staticmethod
     def bins(values: torch.Tensor) -> torch.Tensor:
         """Return the bin of every value, int64 of the same shape. Values are above zero."""
-        mantissa, exponent = torch.frexp(values.float())  # value = mantissa * 2^exponent, mantissa in [0.5, 1)
+        mantissa, exponent = torch.frexp(values.double())  # value = mantissa * 2^exponent, mantissa in [0.5, 1)
         within = ((mantissa * 2 - 1) * _SUB_BINS).long()
         return ((exponent.long() - 1 - _LOWEST_OCTAVE) * _SUB_BINS + within).clamp(0, HISTOGRAM_BINS - 1)
 
