@@ -147,16 +147,18 @@ class FeatureMoments:
         return found
 
     @staticmethod
-    def layout(sizes: Mapping[str, Any], d_sae: int) -> Layout:
+    def layout(sizes: Mapping[str, Any], d_sae: int, d_in: int) -> Layout:
         """Return shape and dtype of every tensor of the file.
 
         Raises:
-            ValueError: a part is of another number of features.
+            ValueError: a part is of another number of features, or of activations of another width.
         """
         found: Layout = {name: ((d_sae,), dtype) for name, dtype in _DTYPES.items()}
         for kind, part_sizes in sizes["parts"].items():
             if part_sizes.get("d_sae", d_sae) != d_sae:
                 raise ValueError(f"{kind} is of {part_sizes['d_sae']} features, and the SAE has {d_sae}")
+            if part_sizes.get("d_in", d_in) != d_in:
+                raise ValueError(f"{kind} is of width {part_sizes['d_in']}, and the SAE's is {d_in}")
             found |= {f"{kind}.{name}": header for name, header in PARTS[kind].layout(part_sizes).items()}
         return found
 
@@ -172,6 +174,7 @@ class FeatureMoments:
             own = {name.split(".", 1)[1]: tensor for name, tensor in tensors.items() if name.startswith(f"{kind}.")}
             parts[kind] = PARTS[kind].from_tensors(own, part_sizes)
         sample = parts.get("sample")
-        if isinstance(sample, ExampleSample) and bool((sample.features >= len(tensors["total"])).any()):
+        d_sae = len(tensors["total"])
+        if isinstance(sample, ExampleSample) and bool(((sample.features < 0) | (sample.features >= d_sae)).any()):
             raise ValueError("sample with features that the SAE does not have")
         return cls(**{name: sizes[name] for name in _COUNTS}, **{name: tensors[name] for name in _DTYPES}, **parts)  # type: ignore[arg-type]

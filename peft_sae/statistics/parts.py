@@ -189,7 +189,8 @@ class TopExamples:
         return cls(torch.zeros(d_sae, number), missing, missing.clone())
 
     def __add__(self, other: TopExamples) -> TopExamples:
-        """Return the best of both."""
+        """Return the best of both, as many as both have: further ones are not known."""
+        number = min(self.values.shape[1], other.values.shape[1])
         values, examples, positions = (
             torch.cat([getattr(self, name), getattr(other, name)], dim=1)
             for name in ("values", "examples", "positions")
@@ -197,7 +198,7 @@ class TopExamples:
         # Ties go to the earlier example, whichever side it comes from.
         by_place = torch.argsort(torch.where(examples < 0, torch.iinfo(torch.int64).max, examples), dim=1, stable=True)
         order = by_place.gather(1, torch.argsort(values.gather(1, by_place), dim=1, descending=True, stable=True))
-        order = order[:, : self.values.shape[1]]
+        order = order[:, :number]
         return TopExamples(values.gather(1, order), examples.gather(1, order), positions.gather(1, order))
 
     def shifted(self, by: int) -> TopExamples:
@@ -262,10 +263,10 @@ class ExampleSample:
         return cls(limit, examples.cpu(), ends.cpu(), features.cpu(), values.cpu())._shortened()
 
     def __add__(self, other: ExampleSample) -> ExampleSample:
-        """Return the sample of both."""
+        """Return the sample of both, with the lower limit."""
         offset = self.ends[-1] if len(self.ends) else 0
         return ExampleSample(
-            self.limit,
+            min(self.limit, other.limit),
             torch.cat([self.examples, other.examples]),
             torch.cat([self.ends, other.ends + offset]),
             torch.cat([self.features, other.features]),

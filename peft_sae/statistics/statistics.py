@@ -133,7 +133,7 @@ class FeatureStatistics:
                 f"{number}.{index}.{name}": header
                 for number, entries in enumerate(sizes)
                 for index, (entry, sae) in enumerate(zip(entries, saes, strict=True))
-                for name, header in FeatureMoments.layout(entry, sae.d_sae).items()
+                for name, header in FeatureMoments.layout(entry, sae.d_sae, sae.d_in).items()
             }
             statistics = cls.from_tensors(read_tensors(tensor_file, expected), description)
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError) as error:
