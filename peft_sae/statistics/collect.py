@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -276,7 +276,10 @@ class _Collection:
         fresh = number > (0 if self._earlier is None else int(self._earlier.batches.get(label, 0)))
         self._moments[label], self._batches[label] = found, number
         if self._file is not None and fresh and found[0].count:
-            self._file.write(Progress(self.statistics, self._batches))
+            # A class, or a share of one, in which nothing counts has no sums; nor does it cost anything to read again.
+            moments = {label: found for label, found in self._moments.items() if found[0].count}
+            batches = {label: self._batches[label] for label in moments}
+            self._file.write(Progress(replace(self.statistics, moments=moments), batches))
 
 
 _CHANGED = (

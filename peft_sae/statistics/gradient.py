@@ -58,6 +58,8 @@ def logit_difference(tokenizer: PreTrainedTokenizerBase, positive: Sequence[str]
         first, second = (final[:, ids.to(final.device)].mean(dim=1) for ids in groups)
         return (first - second).sum()
 
+    # A state must not be continued with other tokens.
+    difference.__qualname__ = f"{logit_difference.__qualname__}({list(positive)}, {list(negative)})"
     return difference
 
 

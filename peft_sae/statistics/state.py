@@ -66,6 +66,8 @@ class StateFile:
             with safe_open(self._path, framework="pt") as file:
                 description = json.loads((file.metadata() or {})[_ENTRY])
             run, batches = description.pop("run"), description.pop("batches")
+            if set(batches) != set(description["labels"]) or any(type(n) is not int or n < 1 for n in batches.values()):
+                raise ValueError(f"impossible batches {batches}")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
             raise ArtifactError(
                 f"'{self._path}' is no state of a collection ({error!r}). Remove it to begin anew, or name another "
