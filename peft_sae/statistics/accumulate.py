@@ -163,7 +163,7 @@ class ClassSums:
         if not limit:
             return
         if len(self._sample.examples) == limit:
-            worst = sample_order(self._sample.examples).max()
+            worst = self._sample.ranks.max()
             keep = sample_order(numbers.cpu()).le(worst).to(self._device)
             pooled, numbers = pooled[keep], numbers[keep]
         if len(numbers):

@@ -147,7 +147,7 @@ class FeatureMoments:
         return found
 
     @staticmethod
-    def layout(sizes: Mapping[str, Any], d_sae: int, d_in: int) -> Layout:
+    def layout(sizes: Mapping[str, Any], d_sae: int, d_in: int | None) -> Layout:
         """Return shape and dtype of every tensor of the file.
 
         Raises:
@@ -157,7 +157,7 @@ class FeatureMoments:
         for kind, part_sizes in sizes["parts"].items():
             if part_sizes.get("d_sae", d_sae) != d_sae:
                 raise ValueError(f"{kind} is of {part_sizes['d_sae']} features, and the SAE has {d_sae}")
-            if part_sizes.get("d_in", d_in) != d_in:
+            if d_in is not None and part_sizes.get("d_in", d_in) != d_in:
                 raise ValueError(f"{kind} is of width {part_sizes['d_in']}, and the SAE's is {d_in}")
             found |= {f"{kind}.{name}": header for name, header in PARTS[kind].layout(part_sizes).items()}
         return found

@@ -229,12 +229,14 @@ class TopExamples:
 class ExampleSample:
     """Features of some examples, pooled over their tokens, as the rows of a sparse matrix.
 
-    Which examples are kept depends on their place in the data alone, by a fixed pseudo-random order; so shards keep the
-    same ones as a single pass.
+    Which examples are kept is decided by a fixed pseudo-random order of their places in the data; so processes that
+    share one data set keep the same ones as a single pass. An example carries its rank along into merged statistics,
+    where each data set has the same chance.
 
     Attributes:
         limit: examples to keep at most.
         examples: places in the data set, int64 [n].
+        ranks: places in the fixed order, int64 [n]; the smallest are kept.
         ends: where each row ends in the next two, int64 [n].
         features: ids of the features that are not zero, int64 [nonzero].
         values: their pooled activations, float32 [nonzero].
@@ -242,6 +244,7 @@ class ExampleSample:
 
     limit: int
     examples: torch.Tensor
+    ranks: torch.Tensor
     ends: torch.Tensor
     features: torch.Tensor
     values: torch.Tensor
@@ -252,7 +255,7 @@ class ExampleSample:
     def empty(cls, limit: int) -> ExampleSample:
         """Return the sample of nothing."""
         none = torch.zeros(0, dtype=torch.int64)
-        return cls(limit, none, none, none, torch.zeros(0))
+        return cls(limit, none, none, none, none, torch.zeros(0))
 
     @classmethod
     def of(cls, pooled: torch.Tensor, examples: torch.Tensor, limit: int) -> ExampleSample:
@@ -260,7 +263,8 @@ class ExampleSample:
         rows, features = pooled.nonzero(as_tuple=True)
         ends = torch.bincount(rows, minlength=pooled.shape[0]).cumsum(0)
         values = pooled[rows, features].float()
-        return cls(limit, examples.cpu(), ends.cpu(), features.cpu(), values.cpu())._shortened()
+        places = examples.cpu()
+        return cls(limit, places, sample_order(places), ends.cpu(), features.cpu(), values.cpu())._shortened()
 
     def __add__(self, other: ExampleSample) -> ExampleSample:
         """Return the sample of both, with the lower limit."""
@@ -268,6 +272,7 @@ class ExampleSample:
         return ExampleSample(
             min(self.limit, other.limit),
             torch.cat([self.examples, other.examples]),
+            torch.cat([self.ranks, other.ranks]),
             torch.cat([self.ends, other.ends + offset]),
             torch.cat([self.features, other.features]),
             torch.cat([self.values, other.values]),
@@ -276,7 +281,7 @@ class ExampleSample:
     def _shortened(self) -> ExampleSample:
         if len(self.examples) <= self.limit:
             return self
-        keep = sample_order(self.examples).argsort(stable=True)[: self.limit].sort().values
+        keep = self.ranks.argsort(stable=True)[: self.limit].sort().values
         return self.rows(keep)
 
     def rows(self, keep: torch.Tensor) -> ExampleSample:
@@ -285,11 +290,13 @@ class ExampleSample:
         lengths = (self.ends - starts)[keep]
         ends = lengths.cumsum(0)
         entries = torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts[keep] - (ends - lengths), lengths)
-        return ExampleSample(self.limit, self.examples[keep], ends, self.features[entries], self.values[entries])
+        return ExampleSample(
+            self.limit, self.examples[keep], self.ranks[keep], ends, self.features[entries], self.values[entries]
+        )
 
     def shifted(self, by: int) -> ExampleSample:
         """Return the same with every example's place moved, as when its data set is put behind another."""
-        return ExampleSample(self.limit, self.examples + by, self.ends, self.features, self.values)
+        return ExampleSample(self.limit, self.examples + by, self.ranks, self.ends, self.features, self.values)
 
     def dense(self, d_sae: int) -> torch.Tensor:
         """Return the rows as a dense matrix, float32 [n, d_sae]."""
@@ -309,6 +316,7 @@ class ExampleSample:
         rows, entries = (sizes["rows"],), (sizes["entries"],)
         return {
             "examples": (rows, torch.int64),
+            "ranks": (rows, torch.int64),
             "ends": (rows, torch.int64),
             "features": (entries, torch.int64),
             "values": (entries, torch.float32),
@@ -316,7 +324,7 @@ class ExampleSample:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Return the tensors of the file."""
-        return {name: getattr(self, name) for name in ("examples", "ends", "features", "values")}
+        return {name: getattr(self, name) for name in ("examples", "ranks", "ends", "features", "values")}
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> ExampleSample:

@@ -133,7 +133,7 @@ class FeatureStatistics:
                 f"{number}.{index}.{name}": header
                 for number, entries in enumerate(sizes)
                 for index, (entry, sae) in enumerate(zip(entries, saes, strict=True))
-                for name, header in FeatureMoments.layout(entry, sae.d_sae, sae.d_in).items()
+                for name, header in FeatureMoments.layout(entry, sae.d_sae, _width_in(sae)).items()
             }
             statistics = cls.from_tensors(read_tensors(tensor_file, expected), description)
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError) as error:
@@ -210,6 +210,11 @@ def _check_mergeable(first: FeatureStatistics, second: FeatureStatistics) -> Non
             f"Statistics that were collected with different settings cannot be merged: {different}. Collect both in "
             "the same way."
         )
+
+
+def _width_in(sae: SaeIdentity) -> int | None:
+    """Width of what an SAE reads; None for a transcoder, whose identity tells the width of what it writes."""
+    return sae.d_in if sae.hook_name_in is None else None
 
 
 def _sum(first: Mapping[str, int], second: Mapping[str, int]) -> dict[str, int]:

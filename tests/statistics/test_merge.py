@@ -143,7 +143,6 @@ def test_parts_of_two_sizes_keep_what_is_known_of_both(model, tokenizer, saes):
             assert (moments.sample.limit, len(moments.sample.examples)) == (2, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="the fixed order is of places in a shard, so the first shard's examples win")
 def test_sample_of_merged_shards_prefers_none_of_them():
     shards = [ExampleSample.of(torch.ones(2000, 1), torch.arange(2000), 40) for _ in range(2)]
     merged = shards[0] + shards[1].shifted(2000)
