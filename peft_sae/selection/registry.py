@@ -10,7 +10,7 @@ from typing import TypeAlias
 import torch
 
 from ..errors import SelectionError, suggest
-from ..statistics.parts import Measures
+from ..statistics.measures import Measures
 from .contrast import Contrast
 
 ScoreFunction: TypeAlias = Callable[[Contrast], torch.Tensor]

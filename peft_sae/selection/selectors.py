@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import SelectionError
-from ..statistics.parts import Measures
+from ..statistics.measures import Measures
 from .contrast import Contrast
 from .registry import register_selector
 

@@ -1,8 +1,8 @@
 """Stage 2: what each SAE feature does on labelled text."""
 
 from .collect import collect_statistics
+from .measures import Measures
 from .moments import FeatureMoments
-from .parts import Measures
 from .records import split_preferences
 from .statistics import FeatureStatistics
 

@@ -9,8 +9,9 @@ import torch
 from ..errors import ConfigError
 from ..sae.handle import SaeHandle
 from .batches import Batch
+from .measures import Measures
 from .moments import FeatureMoments
-from .parts import HISTOGRAM_BINS, ActivationHistogram, ExampleSample, Measures, RawMoments, TopExamples, sample_order
+from .parts import HISTOGRAM_BINS, ActivationHistogram, ExampleSample, RawMoments, TopExamples, sample_order
 
 Pooling: TypeAlias = Literal["token", "mean", "max", "last"]
 POOLINGS = ("token", "mean", "max", "last")

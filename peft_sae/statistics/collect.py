@@ -21,9 +21,9 @@ from .batches import Batch, iterate_batches
 from .capture import Capture, capturing
 from .data import Example, ExampleReader, TokenChoice
 from .gradient import GradientCapture, Objective, capturing_gradients
+from .measures import Measures
 from .model import model_description
 from .moments import FeatureMoments
-from .parts import Measures
 from .records import Data, iterate_records
 from .share import Share, join
 from .state import Progress, StateFile

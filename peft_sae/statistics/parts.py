@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
 import torch
-
-from ..errors import ConfigError
 
 # Name to shape and dtype, for the check of a file before it is read.
 Layout: TypeAlias = "dict[str, tuple[tuple[int, ...], torch.dtype]]"
@@ -16,37 +14,6 @@ Layout: TypeAlias = "dict[str, tuple[tuple[int, ...], torch.dtype]]"
 _SUB_BINS = 32  # per octave, so a bin is 2 to 3 % wide
 _LOWEST_OCTAVE, _OCTAVES = -8, 20  # 2^-8 to 2^12; what lies outside falls into the outermost bin
 HISTOGRAM_BINS = _SUB_BINS * _OCTAVES
-
-
-@dataclass(frozen=True)
-class Measures:
-    """What `collect_statistics` measures beside the moments.
-
-    Attributes:
-        histograms: counts of activations per feature in logarithmic bins, for `auroc`. They take 2.5 KiB of memory per
-            feature and class.
-        covariance: second moments of the raw activations, for the control `difference_pca`. They cost a product of
-            [d_in, tokens] and [tokens, d_in].
-        top_examples: texts to remember per feature, those that activate it most.
-        sample: examples per class whose pooled features are kept, for `probe`; 0 keeps none.
-    """
-
-    histograms: bool = False
-    covariance: bool = False
-    top_examples: int = 0
-    sample: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("top_examples", "sample"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ConfigError(f"{name}={value!r} is no number of examples. Use 0 or more.")
-
-    def __or__(self, other: Measures) -> Measures:
-        """Return everything that either measures."""
-        return Measures(
-            **{field.name: max(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)}
-        )
 
 
 @dataclass(frozen=True)

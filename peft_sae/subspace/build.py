@@ -16,8 +16,8 @@ from ..statistics.accumulate import Pooling
 from ..statistics.collect import collect_statistics
 from ..statistics.data import TokenChoice
 from ..statistics.gradient import Objective, log_likelihood
+from ..statistics.measures import Measures
 from ..statistics.model import check_same_model, model_description
-from ..statistics.parts import Measures
 from ..statistics.records import Data, check_data
 from ..statistics.statistics import FeatureStatistics
 from .artifact import Subspace

@@ -16,8 +16,8 @@ from ..selection.registry import get_selector
 from ..selection.select import Selection, select_features
 from ..statistics.collect import collect_statistics
 from ..statistics.gradient import log_likelihood
+from ..statistics.measures import Measures
 from ..statistics.model import check_same_model
-from ..statistics.parts import Measures
 from ..statistics.records import Data, check_data, split_preferences
 from ..statistics.statistics import STATISTICS_FILES, FeatureStatistics
 from ..subspace.artifact import SUBSPACE_FILES, Subspace
