@@ -12,6 +12,7 @@ from ..sae.placement import check_placement, find_layout
 from ..selection.criteria import Criteria
 from ..selection.registry import get_selector
 from ..selection.select import SelectedFeatures, Selection, select_features
+from ..selection.tokens import promoted_tokens
 from ..statistics.accumulate import Pooling
 from ..statistics.collect import collect_statistics
 from ..statistics.data import TokenChoice
@@ -24,7 +25,6 @@ from .artifact import Subspace
 from .protect import Protect, find_protected, protected_ids, protected_site, sae_key, without_protected
 from .protected import ProtectedSite
 from .site import SubspaceSite, principal_basis, unit_rows
-from .tokens import promoted_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

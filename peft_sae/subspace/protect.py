@@ -13,10 +13,10 @@ from ..errors import ConfigError, SelectionError
 from ..sae.handle import SaeHandle, as_handles
 from ..sae.identity import SaeIdentity
 from ..selection.select import SelectedFeatures, Selection
+from ..selection.tokens import promoted_tokens
 from ..statistics.records import Data, check_data
 from .protected import ProtectedSite, parse_feature_name
 from .site import unit_rows
-from .tokens import promoted_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

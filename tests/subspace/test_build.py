@@ -64,10 +64,10 @@ def test_subspace_records_where_it_comes_from(llama, subspace):
 
 
 def test_tokens_are_those_that_the_decoder_rows_promote(llama, tokenizer, subspace):
-    unembedding = llama.lm_head.weight.detach()
+    unembedding, gain = llama.lm_head.weight.detach(), llama.model.norm.weight.detach()
     for site in subspace.sites:
         for direction, tokens in zip(site.directions, site.tokens, strict=True):
-            best = (unembedding @ direction).argsort(descending=True)[:8]
+            best = (unembedding[: len(tokenizer)] @ (gain * direction)).argsort(descending=True)[:8]
             assert list(tokens) == [tokenizer.decode([int(token)]) for token in best]
 
 
