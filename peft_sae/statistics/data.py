@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ..errors import ConfigError, DataError
@@ -35,6 +35,8 @@ class Example:
         number: place of the record in its data set.
         templated: whether a chat template rendered the text, and so has ended it as the model expects.
         cut: whether the text went on.
+        text: the text.
+        spans: for each token, where in the text it begins and ends; the same place twice for what is not in it.
     """
 
     ids: list[int]
@@ -43,6 +45,8 @@ class Example:
     number: int = 0
     templated: bool = False
     cut: bool = False
+    text: str = field(default="", compare=False, repr=False)
+    spans: tuple[tuple[int, int], ...] = field(default=(), compare=False, repr=False)
 
 
 class ExampleReader:
@@ -103,9 +107,11 @@ class ExampleReader:
         )
         ids = list(encoding["input_ids"])
         ordinary = [not added for added in encoding["special_tokens_mask"]]
-        counted = [self._counts(start, end, spans) for start, end in encoding["offset_mapping"]]
+        places = [(int(start), int(end)) for start, end in encoding["offset_mapping"]]
+        counted = [self._counts(start, end, spans) for start, end in places]
         if self._prepend_bos and (not ids or ids[0] != self._tokenizer.bos_token_id):
             ids, counted, ordinary = [self._tokenizer.bos_token_id, *ids], [False, *counted], [False, *ordinary]
+            places = [(0, 0), *places]
         ignored = {self._tokenizer.bos_token_id, self._tokenizer.pad_token_id}
         if self._tokenizer.pad_token_id == self._tokenizer.eos_token_id:
             ignored = {self._tokenizer.bos_token_id}  # here padding is known from the attention mask alone
@@ -114,7 +120,9 @@ class ExampleReader:
         length = self._max_length
         cut = len(ids) > length
         self.truncated += cut
-        return Example(ids[:length], counted[:length], ordinary[:length], number, templated, cut)
+        return Example(
+            ids[:length], counted[:length], ordinary[:length], number, templated, cut, text, tuple(places[:length])
+        )
 
     def _counts(self, start: int, end: int, spans: _Spans) -> bool:
         """Whether the token at these characters counts, given the spans of the response."""
