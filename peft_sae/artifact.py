@@ -115,6 +115,25 @@ def _swap_in(scratch: Path, target: Path) -> None:
         shutil.rmtree(retired, ignore_errors=True)
 
 
+def write_text(target: str | Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all. An earlier file of the name is replaced.
+
+    Raises:
+        ArtifactError: the target is a folder or cannot be written.
+    """
+    target = Path(target)
+    scratch = target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            scratch.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+            os.replace(scratch, target)
+        finally:
+            scratch.unlink(missing_ok=True)
+    except OSError as error:
+        raise ArtifactError(f"Cannot write '{target}' ({error}). Check the path, the space and the rights.") from error
+
+
 def write_json(path: Path, data: Any) -> None:
     """Write `data` as indented JSON with a stable order of keys."""
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
