@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from peft_sae.artifact import digest, read_json, read_tensors, replace_folder, write_json, write_tensors
+from peft_sae.artifact import digest, read_json, read_tensors, replace_folder, write_json, write_tensors, write_text
 from peft_sae.errors import ArtifactError, PeftSaeError
 
 HEADER = {"a": ((2, 3), torch.float32), "n": ((2,), torch.int64)}
@@ -234,3 +234,19 @@ def test_files_are_as_readable_as_any_other(tmp_path):
     (tmp_path / "other").write_text("x")
 
     assert (tmp_path / "out" / "tensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_text_file_replaces_an_earlier_one_whole(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "page.md"
+    write_text(path, "one\n")
+    write_text(str(path), "zwei é \ud800\n")
+    assert path.read_bytes() == "zwei é \\ud800\n".encode()
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(ArtifactError, match=r"Cannot write .*page\.md' \(disk full\)"):
+        write_text(path, "three\n")
+    assert path.read_text().startswith("zwei")
+    assert [entry.name for entry in path.parent.iterdir()] == ["page.md"]

@@ -130,20 +130,3 @@ def test_exit_codes_and_messages(run, world, arguments, code, message):
     assert found == code
     assert message in err.replace("│ ", "")
     assert sorted(path.name for path in world.iterdir()) == before
-
-
-def test_tokens_cannot_write_to_the_terminal(capsys):
-    from dataclasses import replace
-
-    from peft_sae.cli.tables import print_features
-    from tests.tiny import make_subspace
-
-    subspace = make_subspace(make_model())
-    tokens = (("[/INST]",), ("[bold]",), ("\x1b[31m",), ("\ud800",))
-    sites = (replace(subspace.sites[0], tokens=tokens),)
-
-    print_features(replace(subspace, sites=sites))
-
-    printed = capsys.readouterr().out
-    assert all(text in printed for text in ("[/INST]", "[bold]", "\\x1b[31m", "\\ud800"))
-    assert "\x1b[31m" not in printed
