@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 import torch
@@ -17,8 +18,8 @@ Pooling: TypeAlias = Literal["token", "mean", "max", "last"]
 POOLINGS = ("token", "mean", "max", "last")
 
 # At most this many feature activations exist at a time. What is done to them costs little while they are in the
-# processor's cache (16 MiB in float32); a GPU wants more to do at once (256 MiB).
-_CHUNK_ELEMENTS = {"cpu": 2**22, "other": 2**26}
+# processor's cache (12 MiB in float32); a GPU wants more to do at once (256 MiB).
+_CHUNK_ELEMENTS = {"cpu": 3 * 2**20, "other": 2**26}
 
 
 class NotFinite(Exception):
@@ -37,6 +38,8 @@ class ClassSums:
     def __init__(self, handle: SaeHandle, pooling: Pooling, measures: Measures) -> None:
         self._handle, self._pooling, self._measures = handle, pooling, measures
         device = torch.device(handle.sae.device)
+        if device.type == "cpu":
+            _keep_freed_memory()
         self._chunk = _CHUNK_ELEMENTS.get(device.type, _CHUNK_ELEMENTS["other"])
         # Apple's GPUs have no float64.
         self._device = torch.device("cpu") if device.type == "mps" else device
@@ -81,11 +84,11 @@ class ClassSums:
         lengths = torch.bincount(rows, minlength=len(batch.ids))
         self._add_raw(chosen, rows, lengths)
         sums = torch.zeros(len(batch.ids) * self._d_sae, dtype=torch.float64, device=self._device)
-        step = max(1, self._chunk // self._d_sae)
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
-            features = self._encode(chosen[part], None if slopes is None else slopes[part])
-            places, ids, values = _entries(features, self._device)
+        for part in _parts(len(rows), max(1, self._chunk // self._d_sae)):
+            # The dense activations have no name, so that those of two chunks do not exist at a time.
+            places, ids, values = _entries(
+                self._encode(chosen[part], None if slopes is None else slopes[part]), self._device
+            )
             if not bool(torch.isfinite(values.sum())):
                 raise NotFinite
             owners = rows[part][places]
@@ -229,6 +232,22 @@ class _TopSums:
     def finish(self) -> TopExamples:
         """Return the best so far."""
         return TopExamples(self._values.float().cpu(), self._examples.cpu().clone(), self._positions.cpu().clone())
+
+
+def _parts(length: int, limit: int) -> Iterator[slice]:
+    """Cut a length into as few parts as the limit allows, all of about the same size: small products are slow."""
+    number = -(-length // limit)
+    for index in range(number):
+        yield slice(index * length // number, (index + 1) * length // number)
+
+
+def _keep_freed_memory() -> None:
+    """Let freed memory stay with the process, enough of it for the tensors that an encoder makes of a chunk.
+
+    glibc gives back what is free beyond twice the largest block that was ever freed (of those up to 32 MiB), and to get
+    a chunk's memory page by page from the system anew takes as long as half of the encoder's matrix product.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
 
 
 def _first_of_pairs(ids: torch.Tensor, examples: torch.Tensor) -> torch.Tensor:
