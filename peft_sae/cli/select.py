@@ -84,11 +84,31 @@ def select(
     Example: `peft-sae select --config configs/selection/gemma-2-2b.yaml --aligned good.jsonl --unaligned bad.jsonl
     --output outputs/subspace`
     """
+    from ..selection.labels import fetch_labels as ask_neuronpedia
+    from ..selection.labels import read_labels
+    from ..selection.table import check_suffix, describe_features
     from ..training.selection import SelectionJob, read_selection, run_selection
     from .tables import print_features
 
     given = {name: value for name, value in locals().items() if name in SelectionJob.__dataclass_fields__}
     job = read_selection(config, **given)
+    if table is not None:
+        check_suffix(table)
+    known = {} if labels is None else read_labels(labels)
     result = run_selection(job, progress=not quiet)
-    print_features(result.subspace, per_site=rows)
+    if fetch_labels:
+        known = {**ask_neuronpedia(result.selection), **known}
+    shown = describe_features(
+        result.selection,
+        saes=result.saes,
+        model=result.model,
+        tokenizer=result.tokenizer,
+        statistics=result.statistics,
+        data=job.data if result.has_texts and job.data else None,
+        labels=known,
+    )
+    print_features(shown, result.subspace, per_site=rows)
+    if table is not None:
+        shown.save(table)
+        Console().print(f"Table written to {table}", markup=False)
     Console().print(f"Subspace written to {job.output}", markup=False)

@@ -44,7 +44,8 @@ class SelectionJob:
         aligned: JSONL file of texts to move towards.
         unaligned: JSONL file of texts to move away from.
         preferences: instead of both, JSONL file of records with `chosen` and `rejected`.
-        from_statistics: instead of texts, folder of statistics of an earlier run: the model is not run again.
+        from_statistics: folder of statistics of an earlier run: the model is not run again. Texts beside it are only
+            read for those that the statistics name as most active.
         statistics: folder that the statistics are written to. While they are collected their state is beside it, and a
             killed run goes on from there.
         retain: JSONL file of texts whose features are to be left alone.
@@ -112,11 +113,12 @@ class SelectionJob:
         if len(self.protect_contrast) not in (0, 2):
             raise ConfigError(f"protect_contrast={list(self.protect_contrast)} is no pair of files. Give two.")
         pair = self.aligned is not None and self.unaligned is not None
-        given = [pair, self.preferences is not None, self.from_statistics is not None]
-        if sum(given) != 1 or (not pair and (self.aligned or self.unaligned)):
+        sets = pair + (self.preferences is not None)
+        half = not pair and (self.aligned is not None or self.unaligned is not None)
+        if half or sets > 1 or (sets == 0 and self.from_statistics is None):
             raise ConfigError(
-                "It takes one of three: --aligned with --unaligned, --preferences, or --from-statistics. Given are "
-                f"aligned={self.aligned!r}, unaligned={self.unaligned!r}, preferences={self.preferences!r}, "
+                "It takes two sets of text: --aligned with --unaligned, or --preferences; or --from-statistics. Given "
+                f"are aligned={self.aligned!r}, unaligned={self.unaligned!r}, preferences={self.preferences!r}, "
                 f"from_statistics={self.from_statistics!r}."
             )
         if self.from_statistics is not None and (self.retain or self.statistics):
@@ -143,7 +145,7 @@ class SelectionJob:
 
     @property
     def data(self) -> dict[str, Data]:
-        """The texts by class."""
+        """The texts by class; none if there are only statistics."""
         if self.preferences is not None:
             aligned, unaligned = split_preferences(self.preferences)
             found: dict[str, Data] = {"aligned": aligned, "unaligned": unaligned}
@@ -171,6 +173,11 @@ class SelectionResult:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     saes: Sequence[SaeHandle]
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether the statistics name the texts that activate a feature most."""
+        return any(one.top is not None for moments in self.statistics.moments.values() for one in moments)
 
 
 def read_selection(path: str | Path | None, **overrides: Any) -> SelectionJob:

@@ -84,6 +84,30 @@ def test_the_stages_by_hand(run, world):
     torch.testing.assert_close(lora, merged, rtol=1e-4, atol=1e-4)
 
 
+def test_select_shows_texts_labels_and_edits(run, world):
+    (world / "labels.json").write_text(json.dumps({f"0:{feature}": f"label {feature}" for feature in range(64)}))
+    shown = ("--texts", 2, "--labels", "labels.json", "--table", "table.html")
+    code, out, err = run(*SELECT, "--statistics", "statistics", *shown)
+    assert code == 0, err
+    assert "Table written to table.html" in out
+    page = (world / "table.html").read_text()
+    first, second = Subspace.from_pretrained("subspace").sites[0].features.tolist()[:2]
+    assert f"label {first}" in page
+    assert "<mark>" in page
+
+    again = ("select", "--model", "base", "--saes", "saes", "--from-statistics", "statistics", "--top-k", 2, "--quiet")
+    code, out, err = run(*again, "--output", "other", "--drop", f"0:{first}", "--keep", "2:60", "--table", "table.md")
+    assert code == 0, err
+    edited = Subspace.from_pretrained("other")
+    assert edited.sites[0].features.tolist()[0] == second
+    assert edited.sites[1].features.tolist()[0] == 60
+    assert f"| {second} |" in (world / "table.md").read_text()
+    code, _, err = run(*again, "--output", "third", "--table", "table.pdf")
+    assert code == 1
+    assert "table.pdf" in err
+    assert not (world / "third").exists()
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_shows_an_example(run, command):
     code, out, _ = run(command, "--help")
@@ -109,7 +133,7 @@ def test_help_shows_an_example(run, command):
             "ConfigError: Key 'tokens' in the command is 'some', and 'all' or 'prompt' or",
         ),
         ((*SELECT, "--top-k", "0"), 1, "SelectionError: top_k=0 selects nothing"),
-        ((*SELECT, "--preferences", "aligned.jsonl"), 1, "ConfigError: It takes one of three"),
+        ((*SELECT, "--preferences", "aligned.jsonl"), 1, "ConfigError: It takes two sets of text"),
         ((*SELECT, "--drop", "1:3"), 1, "SelectionError: '1:3' names an SAE at '1', and there are SAEs at"),
         ((*SELECT, "--control", "sae"), 1, "ConfigError: Key 'control' in the command is 'sae', and 'random' or"),
         ((*SELECT, "--variance", "0"), 1, "ConfigError: variance=0.0 is no share"),

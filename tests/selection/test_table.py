@@ -14,7 +14,8 @@ from peft_sae.errors import ArtifactError, ConfigError, DataError, MismatchError
 from peft_sae.selection import FeatureExample, FeatureRow, FeatureTable, describe_features
 from peft_sae.selection.tokens import token_effects
 from peft_sae.statistics import FeatureMoments, FeatureStatistics
-from peft_sae.statistics.parts import Measures, TopExamples
+from peft_sae.statistics.measures import Measures
+from peft_sae.statistics.parts import TopExamples
 from tests.tiny import WORDS, make_model, make_sae, make_tokenizer
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.2.hook_resid_post")

@@ -125,9 +125,9 @@ def test_a_control_takes_the_place_of_the_features(world):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "It takes one of three"),
-        ({**TEXTS, "from_statistics": "s"}, "It takes one of three"),
-        ({"aligned": "aligned.jsonl"}, "It takes one of three"),
+        ({}, "It takes two sets of text"),
+        ({**TEXTS, "preferences": "p"}, "It takes two sets of text"),
+        ({"aligned": "aligned.jsonl"}, "It takes two sets of text"),
         ({"from_statistics": "s", "retain": "r"}, "--retain and --statistics have no place"),
         ({**TEXTS, "protect": ["0:1"], "protect_contrast": ("a", "b")}, "Use one of the two"),
         ({**TEXTS, "max_q": 1.5}, "max_q=1.5 is no share"),
