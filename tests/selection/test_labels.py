@@ -35,7 +35,7 @@ def _write(path, content):
         ("l.json", json.dumps([{"feature": name, "label": label, "by": "me"} for name, label in PLAIN.items()])),
         ("l.jsonl", "\n\n".join(json.dumps({"feature": n, "label": label}) for n, label in PLAIN.items())),
         ("l.v2.CSV", "feature,label\r\n12:4051,politeness\r\nblocks.12.hook_resid_post:7,\"ünï, 'x'\"\r\n"),
-        ("l.csv", "\ufeffnote,feature,label\n,12:4051,politeness\n,blocks.12.hook_resid_post:7,\"ünï, 'x'\"\n"),
+        ("l.csv", "\ufefffeature,note,label\n12:4051,,politeness\nblocks.12.hook_resid_post:7,,\"ünï, 'x'\"\n"),
     ],
 )
 def test_every_form_gives_the_same_labels(tmp_path, name, content):
@@ -95,7 +95,10 @@ def _selection(*features, neuronpedia_id="m/3-res"):
 
 @contextmanager
 def _server(answers):
-    """A local Neuronpedia. An answer is what is sent, with status 200, a status alone, or a function to call."""
+    """A local Neuronpedia.
+
+    An answer is a text, a list of parts with None for a pause, a status alone, None for silence, or a function.
+    """
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -104,15 +107,24 @@ def _server(answers):
             answer = answers[self.path.rsplit("/", 1)[-1]]
             if callable(answer):
                 answer = answer()
-            status, body = (answer, b"") if isinstance(answer, int) else (200, answer.encode())
+            if answer is None:  # no answer at all
+                return
+            status, body = (answer, b"") if isinstance(answer, int) else (200, answer)
+            body = body.encode() if isinstance(body, str) else body
             self.send_response(status)
             self.end_headers()
-            self.wfile.write(body)
+            for part in body if isinstance(body, list) else [body]:
+                if part is None:
+                    time.sleep(0.1)
+                else:
+                    self.wfile.write(part)
+                    self.wfile.flush()
 
         def log_message(self, *_):
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *_: None  # who asked may be gone
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
@@ -168,6 +180,21 @@ def test_a_server_that_hangs_costs_no_more_than_the_time_given(caplog):
     assert took < 3
     assert labels == {"blocks.3.hook_resid_post:7": "weapons"}
     assert "1 of 2 features got no answer" in caplog.text
+
+
+def test_a_server_that_trickles_costs_no_more_either():
+    with _server({"7": [b" ", None] * 40}) as (url, _):
+        start = time.monotonic()
+        assert fetch_labels(_selection(7), timeout=0.4, server=url) == {}
+        assert time.monotonic() - start < 2
+
+
+@pytest.mark.parametrize("refusal", [429, None])
+def test_a_server_that_wants_no_more_requests_gets_none(caplog, refusal):
+    with _server({str(feature): refusal for feature in range(40)}) as (url, asked):
+        assert fetch_labels(_selection(*range(40)), server=url) == {}
+    assert 1 <= len(asked) <= 8  # those under way at the time
+    assert "40 of 40 features got no answer" in caplog.text
 
 
 def test_nobody_there(caplog):

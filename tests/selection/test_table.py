@@ -179,6 +179,22 @@ def test_a_character_of_several_tokens_is_shown_whole(selection, position):
     assert row.examples == (FeatureExample("aligned", 0, 2.5, text[:place], text[place], text[place + 1 :]),)
 
 
+def test_what_the_tokenizer_adds_is_not_shown(selection):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+    )
+    words = (WORDS * 3)[:30]
+    chosen, statistics = _by_hand(selection, 30)
+    data = {"aligned": [" ".join(words)]}
+    (row,) = describe_features(chosen, statistics=statistics, data=data, tokenizer=tokenizer).rows
+
+    (example,) = row.examples
+    assert (example.before, example.token, example.after) == (f"…{' '.join(words[17:29])} ", words[29], "")
+
+
 @pytest.mark.parametrize(
     ("position", "data", "message"),
     [
@@ -267,7 +283,7 @@ EVIL = [
 
 
 def _evil_table():
-    example = FeatureExample(EVIL[0], 0, 1.0, EVIL[4] + EVIL[1], EVIL[2], EVIL[5] + EVIL[6])
+    example = FeatureExample(EVIL[0], 0, 1.0, EVIL[4] + EVIL[1], EVIL[2] + EVIL[0], EVIL[5] + EVIL[6])
     row = FeatureRow(
         *(1, 2, f"blocks.2.hook_resid_post{EVIL[4]}", EVIL[4], 7, "name", 1.5, 0.01, 1.0, 2.0, 0.1, 0.25),
         *(tuple(EVIL), tuple(EVIL), (example,)),
@@ -337,6 +353,8 @@ def test_html_shows_every_value_under_its_head(table):
     assert len(rows) == len(table.rows)
     assert all(head["aria-sort"] == "none" and head["scope"] == "col" for head in heads)
     assert [tag for tag, _ in page.tags].count("button") == len(heads)
+    by_text = {cell["data-head"] for head, cell in zip(heads, rows[0], strict=True) if head["data-sort"] == "text"}
+    assert by_text == {"hook point", "promotes", "suppresses"}
     for row, found in zip(table.rows, rows, strict=True):
         values = {cell["data-head"]: cell["data-value"] for cell in found}
         assert (int(values["rank"]), int(values["layer"]), int(values["feature"])) == (row.rank, row.block, row.feature)

@@ -68,9 +68,10 @@ def test_rows_of_the_vocabulary_that_are_no_tokens_are_never_named():
     assert "" not in {word for words in effects.promoted for word in words}
 
 
-def test_half_precision_gives_the_logits_of_its_own_weights():
-    half = make_model("gemma2").to(torch.bfloat16)
-    single = make_model("gemma2").to(torch.bfloat16).float()
+@pytest.mark.parametrize("family", ["gemma2", "gpt2"])
+def test_half_precision_gives_the_logits_of_its_own_weights(family):
+    half = make_model(family).to(torch.bfloat16)
+    single = make_model(family).to(torch.bfloat16).float()
     torch.testing.assert_close(lens_logits(_directions(), half), lens_logits(_directions(), single))
     assert next(half.parameters()).dtype == torch.bfloat16
 
