@@ -28,6 +28,11 @@ def _write(path, content):
     return path
 
 
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "*")
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
