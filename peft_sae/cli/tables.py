@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..sae.names import feature_name
 from ..selection import FeatureExample, FeatureRow, FeatureTable
-from ..selection.columns import NUMBERS, known_extras, word
+from ..selection.columns import word
 from ..selection.escape import visible
 from ..subspace import Subspace
 
@@ -26,6 +27,9 @@ def print_features(
     console: Console | None = None,
 ) -> None:
     """Print the best features of every hook point, and the protected ones.
+
+    Of each feature: its numbers on the aligned (and on the unaligned) texts, label, promoted (+) and suppressed (-)
+    tokens, and the text that activates it most.
 
     Args:
         features: the chosen features, from `describe_features`; or a Subspace alone, for what it knows of them.
@@ -89,25 +93,30 @@ def _title(text: str) -> Text:
 
 
 def _feature_table(rows: Sequence[FeatureRow]) -> Table:
-    extras = known_extras(rows)
-    table = Table()
-    for head in ("feature", *(column.head for column in NUMBERS)):
-        table.add_column(head, justify="right")
-    heads = {"label": "label", "promoted": "promotes", "suppressed": "suppresses", "examples": "most active in"}
-    for name in extras:
-        table.add_column(heads[name], overflow="fold")
+    # Narrow, so that words have room on 80 columns: both classes share a column.
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for head in ("feature", "score", "q", "mean aligned\n(unaligned)", "fires on %\n(unaligned)"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("says", overflow="fold")
     for row in rows:
-        numbers = (Text(column.text(row)) for column in NUMBERS)
-        table.add_row(Text(str(row.feature)), *numbers, *(_extra(row, name) for name in extras))
+        table.add_row(
+            str(row.feature),
+            f"{row.score:.3g}",
+            f"{row.q_value:.2g}",
+            f"{row.aligned_mean:.3g} ({row.unaligned_mean:.3g})",
+            f"{100 * row.aligned_rate:.1f} ({100 * row.unaligned_rate:.1f})",
+            Text("\n").join(_says(row)),
+        )
     return table
 
 
-def _extra(row: FeatureRow, name: str) -> Text:
-    if name == "label":
-        return Text(visible(row.label or ""))
-    if name == "examples":
-        return _example(max(row.examples, key=lambda example: example.activation)) if row.examples else Text()
-    return _words(getattr(row, name))
+def _says(row: FeatureRow) -> list[Text]:
+    """Label, promoted and suppressed tokens and the most active text, a line each."""
+    lines = [Text(visible(row.label), style="bold")] if row.label else []
+    lines += [Text("+ ") + _words(row.promoted)] if row.promoted else []
+    lines += [Text("- ") + _words(row.suppressed)] if row.suppressed else []
+    best = max(row.examples, key=lambda example: example.activation, default=None)
+    return [*lines, *([_example(best)] if best else [])]
 
 
 def _words(tokens: Sequence[str]) -> Text:
