@@ -27,7 +27,7 @@ def effect_size(contrast: Contrast) -> torch.Tensor:
     """
     first, second = contrast.aligned, contrast.unaligned
     squares = first.variance * first.count + second.variance * second.count
-    return _ratio(contrast, (squares / max(1, first.count + second.count - 2)).sqrt())
+    return difference_over(contrast, (squares / max(1, first.count + second.count - 2)).sqrt())
 
 
 @register_selector("welch_t", reference="Welch, Biometrika 34 (1947) 28; Cochran, Sampling Techniques, 1977, 6.4")
@@ -38,11 +38,11 @@ def welch_t(contrast: Contrast) -> torch.Tensor:
     """
     first, second = contrast.aligned, contrast.unaligned
     error = (first.standard_error.square() + second.standard_error.square()).sqrt()
-    return _ratio(contrast, error.nan_to_num(nan=float("inf")))
+    return difference_over(contrast, error.nan_to_num(nan=float("inf")))
 
 
-def _ratio(contrast: Contrast, spread: torch.Tensor) -> torch.Tensor:
-    """Difference of the means over a spread, which rounding or constant activations may have made zero."""
+def difference_over(contrast: Contrast, spread: torch.Tensor) -> torch.Tensor:
+    """Return the difference of the means over a spread, which rounding or constant activations may have made zero."""
     difference = mean_difference(contrast)
     floor = 1e-6 * torch.maximum(contrast.aligned.maximum, contrast.unaligned.maximum).clamp(min=1e-30)
     return difference / torch.maximum(spread, floor)

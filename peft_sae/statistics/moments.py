@@ -117,10 +117,15 @@ class FeatureMoments:
         (Cochran, Sampling Techniques, 3rd edition, section 6.4). With one observation per example that is the usual
         standard error. NaN for a single example.
         """
+        correction = self.examples / (self.examples - 1) if self.examples > 1 else float("nan")
+        return (correction * self.squared_residuals).sqrt() / self.count
+
+    @property
+    def squared_residuals(self) -> torch.Tensor:
+        """Sum over examples of (S_e - n_e m)^2, with the names of `standard_error`, float64 [d_sae]."""
         mean = self.mean
         squares = self.example_squares - 2 * mean * self.example_products + mean.square() * self.count_squares
-        correction = self.examples / (self.examples - 1) if self.examples > 1 else float("nan")
-        return (correction * squares.clamp(min=0)).sqrt() / self.count
+        return squares.clamp(min=0)
 
     def without_parts(self) -> FeatureMoments:
         """Return the sums alone."""

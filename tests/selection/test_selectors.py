@@ -11,7 +11,7 @@ from peft_sae import FeatureStatistics, load_saes, select_features
 from peft_sae.errors import MismatchError, SelectionError
 from peft_sae.selection import selectors
 from peft_sae.selection.contrast import Contrast
-from peft_sae.selection.significance import p_values, q_values
+from peft_sae.selection.significance import p_values
 from peft_sae.statistics import FeatureMoments, Measures
 from peft_sae.statistics.accumulate import ClassSums
 from peft_sae.statistics.batches import Batch
@@ -104,9 +104,9 @@ def test_welch_t_and_p_values_of_pooled_examples_are_scipys(handle, streams, den
         for activations, owners, _ in (dense["aligned"], dense["unaligned"])
     ]
     contrast = _contrast(_collected(handle, streams, pooling))
-    expected = stats.ttest_ind(*rows, equal_var=False)
-    _close(selectors.welch_t(contrast), expected.statistic, 1e-4)
-    _close(p_values(contrast), expected.pvalue, 1e-4)
+    _close(selectors.welch_t(contrast), stats.ttest_ind(*rows, equal_var=False).statistic, 1e-4)
+    expected = np.maximum(*(stats.ttest_ind(*rows, equal_var=equal).pvalue for equal in (False, True)))
+    _close(p_values(contrast), expected, 1e-4)
 
 
 def test_welch_t_of_tokens_counts_examples(handle, streams, dense):
@@ -120,16 +120,6 @@ def test_welch_t_of_tokens_counts_examples(handle, streams, dense):
     _close(
         selectors.welch_t(_contrast(_collected(handle, streams))), (means[0] - means[1]) / np.sqrt(sum(errors)), 1e-4
     )
-
-
-def test_q_values_are_scipys_over_all_saes_together(handle, streams, dense):
-    one = _contrast(_collected(handle, streams))
-    other = _contrast(_collected(handle, {label: (-stream, n) for label, (stream, n) in streams.items()}))
-    found = q_values([one, other])
-    tested = [(p_values(contrast).numpy(), contrast.live.numpy()) for contrast in (one, other)]
-    expected = stats.false_discovery_control(np.concatenate([p[live] for p, live in tested]))
-    _close(torch.cat([q[contrast.live] for q, contrast in zip(found, (one, other), strict=True)]), expected, 1e-12)
-    assert all(bool((q[~contrast.live] == 1).all()) for q, contrast in zip(found, (one, other), strict=True))
 
 
 def test_auroc_is_scikit_learns_within_a_bin(handle, streams, dense):
