@@ -248,7 +248,9 @@ class _Collection:
         gradients: Sequence[torch.Tensor | None] = [None] * len(sums)
         if isinstance(capture, GradientCapture):
             activations, gradients = capture.run_with_gradients(batch)
-            batch = Batch(batch.ids, batch.attention, batch.ordinary, batch.ordinary, batch.numbers)
+            # Texts of which nothing counts are observed no more than if they had been in a batch of their own.
+            observed = batch.ordinary & batch.counted.any(dim=1, keepdim=True)
+            batch = replace(batch, counted=observed)
         else:
             activations = capture.run(batch.ids, batch.attention)
         for handle, one, activation, gradient in zip(self._saes, sums, activations, gradients, strict=True):
