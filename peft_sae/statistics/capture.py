@@ -43,7 +43,7 @@ class Capture:
         Raises:
             MismatchError: the forward pass never reached a site.
         """
-        with suppress(_DeepestReached), torch.inference_mode():
+        with suppress(_DeepestReached), torch.no_grad():  # tensors of inference mode would stay in offloaded modules
             self._forward(ids, attention)
         return self._captured(ids)
 
@@ -85,7 +85,7 @@ def input_device(model: nn.Module) -> torch.device:
 def capturing(model: PreTrainedModel, taps: Sequence[Tap]) -> Iterator[Capture]:
     """Hook the sites of a model for the time of a `with` block.
 
-    The model is in evaluation mode inside, run in inference mode, and left exactly as it was found.
+    The model is in evaluation mode inside, run without gradients, and left exactly as it was found.
     """
     capture = Capture(model, taps)
     with evaluating(model), hook(model, taps, capture):

@@ -119,12 +119,12 @@ def capturing_gradients(
     The parameters need no gradients inside, so the graph begins at the first place; the model is left as it was found.
     """
     capture = GradientCapture(model, read, written, objective)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # By name: where weights are offloaded, every forward pass leaves other parameters in the modules.
+    trained = {name for name, weight in model.named_parameters(remove_duplicate=False) if weight.requires_grad}
     with evaluating(model), hook(model, [*read, *written], capture):
         try:
-            for parameter in trained:
-                parameter.requires_grad_(False)
+            model.requires_grad_(False)
             yield capture
         finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
+            for name, weight in model.named_parameters(remove_duplicate=False):
+                weight.requires_grad_(name in trained)
