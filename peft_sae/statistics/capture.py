@@ -31,6 +31,9 @@ class Capture:
         self._model = model
         self._taps = taps
         self._device = input_device(model)
+        # Where weights are offloaded, tensors made in inference mode would stay in the modules.
+        offloaded = any(parameter.is_meta for parameter in model.parameters())
+        self._mode = torch.no_grad if offloaded else torch.inference_mode
         self._found: dict[int, torch.Tensor] = {}
 
     def run(self, ids: torch.Tensor, attention: torch.Tensor) -> list[torch.Tensor]:
@@ -43,7 +46,7 @@ class Capture:
         Raises:
             MismatchError: the forward pass never reached a site.
         """
-        with suppress(_DeepestReached), torch.no_grad():  # tensors of inference mode would stay in offloaded modules
+        with suppress(_DeepestReached), self._mode():
             self._forward(ids, attention)
         return self._captured(ids)
 
@@ -85,7 +88,7 @@ def input_device(model: nn.Module) -> torch.device:
 def capturing(model: PreTrainedModel, taps: Sequence[Tap]) -> Iterator[Capture]:
     """Hook the sites of a model for the time of a `with` block.
 
-    The model is in evaluation mode inside, run without gradients, and left exactly as it was found.
+    The model is in evaluation mode inside, run without gradients (in inference mode), and left exactly as it was found.
     """
     capture = Capture(model, taps)
     with evaluating(model), hook(model, taps, capture):

@@ -143,7 +143,7 @@ def test_objective_without_any_influence_is_a_data_error(tokenizer, saes):
 
 
 def test_objective_without_gradients_is_a_data_error(model, tokenizer, saes):
-    with pytest.raises(DataError, match="nothing to attribute: none of the batch's tokens counts, or"):
+    with pytest.raises(DataError, match="nothing to attribute. It must be computed from the logits"):
         collect(model, tokenizer, {"a": ["red"]}, saes, attribute=lambda logits, batch: logits.detach().sum())
 
 
