@@ -251,3 +251,33 @@ def test_saes_that_rescale_tokens_are_a_config_error(model, tokenizer, scaling):
 def test_texts_that_are_no_tokens_are_config_errors(tokenizer, groups, message):
     with pytest.raises(ConfigError, match=message):
         logit_difference(tokenizer, *groups)
+
+
+def test_transcoders_are_read_where_they_read_and_attributed_where_they_write(tokenizer):
+    model = make_model().double()
+    sae = make_sae("blocks.1.mlp.hook_in", kind="transcoder", settings={"dtype": "float64"}).double()
+    (handle,) = load_saes(sae)
+    text = "red sea sun moon"
+    ids = torch.tensor([tokenizer(text)["input_ids"]])
+    mlp = model.model.layers[1].mlp
+
+    def run(shift=None):
+        """Total log-likelihood, and what the MLP reads, with something added to what it writes."""
+        read = []
+        handles = [mlp.register_forward_pre_hook(lambda _, args: read.append(args[0][0].detach()))]
+        if shift is not None:
+            handles.append(mlp.register_forward_hook(lambda _, __, out: out + shift))
+        logits = model(ids).logits[0, :-1].log_softmax(-1)
+        for one in handles:
+            one.remove()
+        return logits.gather(1, ids[0, 1:, None]).sum().item(), read[0]
+
+    features = handle.encode(run()[1])
+    found = collect(model, tokenizer, {"a": [text]}, [handle], attribute=log_likelihood).of("a")[0]
+    for feature in features[1:].sum(dim=0).topk(3).indices.tolist():
+        exact = 0.0
+        for place in range(1, ids.shape[1]):
+            step = torch.zeros(1, ids.shape[1], 32).double()
+            step[0, place] = 1e-5 * sae.W_dec[feature].detach()
+            exact += float(features[place, feature]) * (run(step)[0] - run(-step)[0]) / 2e-5
+        assert found.total[feature].item() == pytest.approx(exact, rel=1e-3, abs=1e-5)
