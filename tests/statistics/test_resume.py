@@ -351,6 +351,26 @@ def test_state_that_cannot_be_written_is_an_artifact_error(run, tmp_path):
         run(state=tmp_path / "taken" / "state")
 
 
+def test_state_stays_as_it_was_where_the_next_cannot_be_written(run, reference, passes, file, monkeypatch):
+    replace, states = os.replace, []
+
+    def full(source, target):
+        if len(states) == 4:
+            raise OSError(28, "No space left on device")
+        replace(source, target)
+        states.append(file.read_bytes())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(ArtifactError, match="No space left on device"):
+            run()
+    assert [path.name for path in file.parent.iterdir()] == ["state"]
+    assert file.read_bytes() == states[-1]
+    passes.clear()
+    assert_same_sums(run(), reference)
+    assert len(passes) == 10 - 4
+
+
 def test_attributions_go_on_too(run, passes, monkeypatch):
     options = {"attribute": log_likelihood, "measures": Measures(top_examples=2, sample=3), "state": None}
     reference = run(**options)
