@@ -1,6 +1,6 @@
-"""Collect statistics once and print the peak of this process' resident memory; `run.py` starts it.
+"""Collect statistics once and print the peak of this process' resident memory.
 
-python -m benchmarks.selection.memory defaults|all TIMES
+`run.py` starts it, as `python -m benchmarks.selection.memory defaults|all TIMES`.
 """
 
 from __future__ import annotations
