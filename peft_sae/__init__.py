@@ -13,14 +13,18 @@ from .tuner import SaeSubspaceConfig, SaeSubspaceModel
 if TYPE_CHECKING:
     from .export import export_lora, merge_checkpoint
     from .sae import load_saes
-    from .selection import register_selector, select_features
-    from .statistics import FeatureStatistics, collect_statistics
+    from .selection import Contrast, Criteria, describe_features, register_selector, select_features
+    from .statistics import FeatureStatistics, Measures, collect_statistics
     from .subspace.build import build_subspace
+    from .subspace.controls import control_subspace
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Contrast",
+    "Criteria",
     "FeatureStatistics",
+    "Measures",
     "MissingSubspaceWarning",
     "PeftSaeError",
     "SaeSubspaceConfig",
@@ -28,6 +32,8 @@ __all__ = [
     "Subspace",
     "build_subspace",
     "collect_statistics",
+    "control_subspace",
+    "describe_features",
     "export_lora",
     "load_saes",
     "merge_checkpoint",
@@ -37,9 +43,14 @@ __all__ = [
 
 # Loading and running an adapter must not pay for the stages that made it.
 _LAZY = {
+    "Contrast": ".selection",
+    "Criteria": ".selection",
     "FeatureStatistics": ".statistics",
+    "Measures": ".statistics",
     "build_subspace": ".subspace.build",
     "collect_statistics": ".statistics",
+    "control_subspace": ".subspace.controls",
+    "describe_features": ".selection",
     "export_lora": ".export",
     "load_saes": ".sae",
     "merge_checkpoint": ".export",

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from ..errors import ConfigError
+
 
 def select(
     config: Annotated[str | None, typer.Option(help="YAML file with any of these; see configs/selection.")] = None,
@@ -48,6 +50,9 @@ def select(
     keep: Annotated[list[str] | None, typer.Option(help="Feature to choose whatever its score; repeat.")] = None,
     retain: Annotated[str | None, typer.Option(help="JSONL file of texts whose features are to be left alone.")] = None,
     retain_by: Annotated[str | None, typer.Option(help="'exclude' them from the basis, or 'protect' them.")] = None,
+    retain_ratio: Annotated[
+        float | None, typer.Option(help="Mean there, in those of the two sets, from which it counts. [default: 0.5]")
+    ] = None,
     protect: Annotated[
         list[str] | None, typer.Option(help="Feature that the update must not use, such as 12:4051; repeat.")
     ] = None,
@@ -56,6 +61,7 @@ def select(
         typer.Option(help="Instead: two JSONL files that differ only in what the update is to ignore."),
     ] = None,
     protect_top_k: Annotated[int | None, typer.Option(help="Features per SAE that the contrast protects.")] = None,
+    protect_max_q: Annotated[float | None, typer.Option(help="Largest q-value of those.")] = None,
     tokens: Annotated[
         str | None, typer.Option(help="Tokens that count: all, prompt, response or assistant. [default: all]")
     ] = None,
@@ -64,6 +70,14 @@ def select(
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Texts per forward pass. [default: 8]")] = None,
     max_length: Annotated[int | None, typer.Option(help="Tokens per text; longer ones are cut.")] = None,
+    measures: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--measure",
+            help="Keep more in the statistics for later selections: histograms (auroc), sample (probe), covariance "
+            "(difference_pca); repeat.",
+        ),
+    ] = None,
     texts: Annotated[int | None, typer.Option(help="Texts per feature and class to show: its most active.")] = None,
     table: Annotated[Path | None, typer.Option(help="Also write the table, as .html, .md, .csv or .json.")] = None,
     labels: Annotated[Path | None, typer.Option(help="File of labels of features (JSON, JSONL or CSV).")] = None,
@@ -71,7 +85,10 @@ def select(
         bool, typer.Option("--fetch-labels", help="Ask Neuronpedia for labels. Never fails the run.")
     ] = False,
     control: Annotated[
-        str | None, typer.Option(help="Instead of features: random, neurons or difference_pca, of the same ranks.")
+        str | None,
+        typer.Option(
+            help="Instead of features: random, neurons, difference_pca or mean_difference, of the same ranks."
+        ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="dtype to load the model in, for example bfloat16.")] = None,
     device: Annotated[str | None, typer.Option(help="Device for model and SAEs, or 'auto'. [default: cpu]")] = None,
@@ -94,8 +111,15 @@ def select(
     job = read_selection(config, **given)
     if table is not None:
         check_suffix(table)
+        if job.control is not None:
+            raise ConfigError("--table describes features, and a --control has none. Leave one of the two out.")
     known = {} if labels is None else read_labels(labels)
     result = run_selection(job, progress=not quiet)
+    if job.control is not None:
+        Console().print(f"Control {job.control!r} instead of the chosen features:", markup=False)
+        print_features(result.subspace, per_site=rows)
+        Console().print(f"Subspace written to {job.output}", markup=False)
+        return
     if fetch_labels:
         known = {**ask_neuronpedia(result.selection), **known}
     shown = describe_features(
@@ -104,7 +128,7 @@ def select(
         model=result.model,
         tokenizer=result.tokenizer,
         statistics=result.statistics,
-        data=job.data if result.has_texts and job.data else None,
+        data=job.data if result.statistics.has_texts and job.data else None,
         labels=known,
     )
     print_features(shown, result.subspace, per_site=rows)

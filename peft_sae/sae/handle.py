@@ -99,7 +99,8 @@ def make_handle(sae: SAE[Any], *, name: str | None = None, neuronpedia_id: str |
     metadata = sae.cfg.metadata
     hook_name, hook_name_in = _hook_names(sae)
     _check_encoding(sae, hook_name)
-    weights = {"W_enc": sae.W_enc, "W_dec": sae.W_dec}
+    # Biases and thresholds decide which features fire just as well.
+    weights = {name: weight.detach() for name, weight in sae.named_parameters()}
     for key, weight in weights.items():
         if not bool(torch.isfinite(weight).all()):
             raise MismatchError(f"The SAE's {key} at {hook_name} holds NaN or infinity. Load it again.")

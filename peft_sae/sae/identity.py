@@ -23,7 +23,7 @@ class SaeIdentity:
         d_sae: number of features.
         model_name: the model that it was trained on, as its metadata says; None if unknown.
         neuronpedia_id: id of its dashboard on Neuronpedia; None if it has none.
-        digest: SHA-256 of its encoder and decoder.
+        digest: SHA-256 of its parameters.
         hook_name_in: TransformerLens name of the hook point that its encoder reads, if it is a transcoder; None if it
             is `hook_name`.
     """

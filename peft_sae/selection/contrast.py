@@ -63,7 +63,7 @@ class Contrast:
         if self.aligned.histogram is None or self.unaligned.histogram is None:
             raise SelectionError(
                 "The statistics have no histograms, which this selector needs. Collect them again with "
-                "measures=Measures(histograms=True)."
+                "measures=Measures(histograms=True) (--measure histograms)."
             )
         return self.aligned.histogram, self.unaligned.histogram
 
@@ -77,7 +77,7 @@ class Contrast:
         if self.aligned.sample is None or self.unaligned.sample is None:
             raise SelectionError(
                 "The statistics have no sample of examples, which this selector needs. Collect them again with "
-                "measures=Measures(sample=2000)."
+                "measures=Measures(sample=2000) (--measure sample)."
             )
         return self.aligned.sample, self.unaligned.sample
 

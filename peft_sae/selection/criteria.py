@@ -26,7 +26,8 @@ class Criteria:
         max_firing_rate: drop features that fire on a larger share of the observations of both classes ("always on").
         max_cosine: drop a feature whose decoder row has at least this cosine (or its negative) with that of a better
             one that is chosen; needs the SAEs.
-        max_q: drop features with a larger q-value: the share of false discoveries to allow.
+        max_q: drop features with a larger q-value. That is the share of chance findings to expect among all features
+            with such a q-value, and among the best by `welch_t`; the best by another score can be any of them.
         exclude: names of features never to choose, such as `"12:4051"` or `"blocks.12.hook_resid_post:4051"`.
         keep: names of features to choose first, whatever the other criteria say.
         retain_ratio: with a `retain` class, a feature counts as used by it if its mean there is at least this share of

@@ -99,6 +99,10 @@ def get_selector(name: str) -> Selector:
     Raises:
         SelectionError: there is no such selector, or the package that offers it cannot be imported.
     """
+    if not isinstance(name, str):
+        raise SelectionError(
+            f"selector={name!r} is no name. Register your function with @register_selector, and give its name."
+        )
     if name not in _SELECTORS:
         _load_entry_point(name)
     if name not in _SELECTORS:

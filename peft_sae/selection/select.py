@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..errors import MismatchError, SelectionError
+from ..errors import ConfigError, MismatchError, SelectionError
 from ..sae.handle import SaeHandle, as_handles
 from ..sae.identity import SaeIdentity
 from ..statistics.moments import FeatureMoments
@@ -20,6 +20,8 @@ from .registry import Selector, get_selector
 from .significance import q_values
 
 logger = logging.getLogger(__name__)
+
+_FEW_TEXTS = 5  # below, no permutation of labels is significant
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def select_features(
     features: Sequence[str] = (),
     saes: Sequence[SaeHandle] | None = None,
     seed: int = 0,
+    allow_empty: bool = False,
 ) -> Selection:
     """Choose the features of every SAE that tell two classes of text apart best.
 
@@ -96,13 +99,17 @@ def select_features(
         features: names for the selector `explicit`, such as `"12:4051"`.
         saes: the SAEs, for selectors and criteria that need the decoder's directions.
         seed: for what is random.
+        allow_empty: leave an SAE out where no feature is left, unless that is so at all of them.
 
     Raises:
         SelectionError: unknown selector or feature, wrong scores, or no feature is left at an SAE.
         DataError: a label is not in the statistics.
+        ConfigError: `criteria` is something else.
         MismatchError: the SAEs are not those of the statistics.
     """
     chosen, criteria = get_selector(selector), criteria or Criteria()
+    if not isinstance(criteria, Criteria):
+        raise ConfigError(f"criteria is a {type(criteria).__name__}. Give Criteria(...), of peft_sae.")
     if top_k < 1:
         raise SelectionError(f"top_k={top_k} selects nothing. Use 1 or more.")
     if bool(features) != chosen.named:
@@ -111,6 +118,9 @@ def select_features(
             "'explicit', and for no other; to choose some in any case, use Criteria(keep=...)."
         )
     contrasts = _contrasts(statistics, aligned, unaligned, features, saes, seed)
+    fewest = min(one.examples for contrast in contrasts for one in (contrast.aligned, contrast.unaligned))
+    if fewest < _FEW_TEXTS:
+        logger.warning("A class has %d texts only: differences may be of these texts, and no test can tell.", fewest)
     if criteria.max_cosine is not None:
         for contrast in contrasts:
             contrast.unit_decoder  # noqa: B018  (an error now rather than in the middle)
@@ -120,7 +130,7 @@ def select_features(
         for contrast, q, kept in zip(contrasts, q_values(contrasts), retained, strict=True)
     ]
     # With names given, an SAE of which none is named has no part in it.
-    results = [choice.make() for choice in choices if choice.contrast.named or not chosen.named]
+    results = _make([choice for choice in choices if choice.contrast.named or not chosen.named], allow_empty)
     settings = {
         "selector": selector,
         "reference": chosen.reference,
@@ -161,6 +171,25 @@ def _contrasts(
     ]
 
 
+def _make(choices: Sequence[_Choice], allow_empty: bool) -> list[tuple[SelectedFeatures, SelectedFeatures]]:
+    results, last = [], None
+    for choice in choices:
+        try:
+            results.append(choice.make())
+        except NothingLeft as error:
+            if not allow_empty:
+                raise
+            logger.warning("%s", error)
+            last = error
+    if last is not None and not results:
+        raise last
+    return results
+
+
+class NothingLeft(SelectionError):
+    """No feature of an SAE can be chosen."""
+
+
 class _Choice:
     """The choice at one SAE."""
 
@@ -174,10 +203,12 @@ class _Choice:
         retain: FeatureMoments | None,
         saes: Sequence[SaeIdentity],
     ) -> None:
-        self._selector, self._top_k, self._criteria = selector, top_k, criteria
+        self._selector, self._criteria = selector, criteria
         self.contrast, self._q, self._retain = contrast, q, retain
         hook_name = contrast.sae.hook_name
-        self._kept = ids_by_hook(criteria.keep, saes).get(hook_name, [])
+        self._kept = [*contrast.named, *ids_by_hook(criteria.keep, saes).get(hook_name, [])]
+        # Named features are chosen whatever the data say of them; without others beside them where names are all.
+        self._top_k = len(self._kept) if selector.named else max(top_k, len(self._kept))
         excluded = ids_by_hook(criteria.exclude, saes).get(hook_name, [])
         both = sorted(set(self._kept) & set(excluded))
         if both:
@@ -246,17 +277,17 @@ class _Choice:
     def _none_left(self, ranked: torch.Tensor, retained: int) -> None:
         sae = self.contrast.sae
         if retained:
-            raise SelectionError(
+            raise NothingLeft(
                 f"The retain texts use all of the {retained} features of {sae.name!r} that could be chosen, so nothing "
                 "is left. Give retain texts that are further from the task, or raise retain_ratio."
             )
         best = float(ranked.max())
         if best <= 0:
-            raise SelectionError(
+            raise NothingLeft(
                 f"No feature of {sae.name!r} differs between the two sets of text (best score {best}). Check that the "
                 "sets differ, and that the tokens that differ are counted."
             )
-        raise SelectionError(
+        raise NothingLeft(
             f"No feature of the {sae.d_sae} of {sae.name!r} is left: {self.failed} fail the criteria. Loosen them, or "
             "give more text."
         )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import torch
 
 from ..errors import SelectionError
@@ -9,7 +12,10 @@ from ..statistics.measures import Measures
 from .contrast import Contrast
 from .registry import register_selector
 
+logger = logging.getLogger(__name__)
+
 _ROWS = 4096  # features whose histograms are summed up at a time
+_COARSE = 0.02  # an error of AUROC that is told of
 _SAMPLE = 2000  # examples per class that the probe learns from
 
 
@@ -55,30 +61,55 @@ def auroc(contrast: Contrast) -> torch.Tensor:
     AUROC is the chance that an aligned observation has the larger activation than an unaligned one, ties (zeros, above
     all) counting half. From -1 (always smaller) to 1 (always larger); 0 tells nothing.
     """
+    coarse = contrast.live & (area_error(contrast) > _COARSE)
+    if bool(coarse.any()):
+        logger.warning(
+            "The activations of %d of %d live features at %s lie so close together (or outside the histograms' range) "
+            "that their AUROC is known to %.2g at best.",
+            int(coarse.sum()),
+            int(contrast.live.sum()),
+            contrast.sae.hook_name,
+            float(area_error(contrast)[coarse].max()),
+        )
     return 2 * area_under_curve(contrast) - 1
 
 
 def area_under_curve(contrast: Contrast) -> torch.Tensor:
     """Return AUROC per feature from the histograms, float64 [d_sae].
 
-    Exact but for pairs within one bin, which count as ties; so the error is at most half the share of such pairs.
+    Exact but for pairs within one bin, which count as ties: see `area_error`.
 
     Raises:
         SelectionError: the statistics have no histograms.
     """
-    histograms = contrast.histograms
-    classes = (contrast.aligned, contrast.unaligned)
     areas = []
+    for first, second in _shares(contrast):
+        below = second.cumsum(dim=1) - second
+        areas.append((first * (below + second / 2)).sum(dim=1))
+    return torch.cat(areas)
+
+
+def area_error(contrast: Contrast) -> torch.Tensor:
+    """Return the largest error that `area_under_curve` can have per feature, float64 [d_sae].
+
+    Half the share of pairs, one of each class, that fall into one bin (zeros are real ties, and no error).
+
+    Raises:
+        SelectionError: the statistics have no histograms.
+    """
+    return torch.cat([(first * second)[:, 1:].sum(dim=1) / 2 for first, second in _shares(contrast)])
+
+
+def _shares(contrast: Contrast) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Shares of both classes' observations in zero and in every bin, each [rows, 1 + bins], some rows at a time."""
     for start in range(0, contrast.sae.d_sae, _ROWS):
         rows = slice(start, start + _ROWS)
         first, second = (
             torch.cat([(one.count - one.fired[rows, None]).double(), histogram.counts[rows].double()], dim=1)
             / one.count
-            for one, histogram in zip(classes, histograms, strict=True)
+            for one, histogram in zip((contrast.aligned, contrast.unaligned), contrast.histograms, strict=True)
         )
-        below = second.cumsum(dim=1) - second
-        areas.append((first * (below + second / 2)).sum(dim=1))
-    return torch.cat(areas)
+        yield first, second
 
 
 @register_selector("firing_rate", reference="share of observations on which a feature fires, aligned minus unaligned")
@@ -142,7 +173,7 @@ def attribution(contrast: Contrast) -> torch.Tensor:
     if contrast.quantity != "attribution":
         raise SelectionError(
             "The statistics are of activations, and this selector needs attributions. Collect them again with "
-            "attribute=log_likelihood (peft_sae.statistics.gradient)."
+            "attribute=log_likelihood (peft_sae.statistics.gradient), or --selector attribution with texts."
         )
     return mean_difference(contrast)
 
@@ -154,12 +185,12 @@ def cosine(contrast: Contrast) -> torch.Tensor:
     Raises:
         SelectionError: the SAEs were not given, or an SAE writes another place than it reads (a transcoder).
     """
-    difference, decoder = contrast.raw_difference, contrast.unit_decoder
-    if len(difference) != decoder.shape[1]:
+    if contrast.sae.hook_name_in is not None:
         raise SelectionError(
-            f"The SAE at {contrast.sae.hook_name} reads {len(difference)} and writes {decoder.shape[1]} wide "
-            "activations, so their directions cannot be compared. Use another selector."
+            f"The SAE reads {contrast.sae.hook_name_in} and writes {contrast.sae.hook_name}, so its decoder's "
+            "directions cannot be compared with differences of what it reads. Use another selector."
         )
+    difference, decoder = contrast.raw_difference, contrast.unit_decoder
     return (decoder @ torch.nn.functional.normalize(difference, dim=0).float()).double()
 
 

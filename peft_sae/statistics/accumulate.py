@@ -114,7 +114,7 @@ class ClassSums:
             maximum=self._maximum.cpu().clone(),
             example_squares=self._example_squares.cpu().clone(),
             example_products=self._example_products.cpu().clone(),
-            histogram=ActivationHistogram(self._bins.view(self._d_sae, -1).long().cpu()) if len(self._bins) else None,
+            histogram=ActivationHistogram(self._bins.view(self._d_sae, -1).cpu().clone()) if len(self._bins) else None,
             raw=self._raw,
             top=self._top.finish() if self._measures.top_examples else None,
             sample=sample if self._measures.sample else None,
@@ -140,13 +140,15 @@ class ClassSums:
                     "Use measures without histograms."
                 )
             cells = ids * HISTOGRAM_BINS + ActivationHistogram.bins(values)
-            self._bins.index_add_(0, cells, torch.ones_like(cells, dtype=torch.int32))
+            self._bins.index_add_(0, cells, torch.ones_like(cells, dtype=self._bins.dtype))
 
     def _end_batch(self, sums: torch.Tensor, lengths: torch.Tensor, numbers: torch.Tensor) -> None:
         """Take in the sums (or maxima) [batch, d_sae] over the examples' tokens."""
         live = lengths > 0
         sums, lengths, numbers = sums[live], lengths[live], numbers.to(self._device)[live]
         self._examples += len(lengths)
+        if len(self._bins) and self._count + int(lengths.sum()) > torch.iinfo(self._bins.dtype).max:
+            self._bins = self._bins.long()
         means = sums if self._pooling == "max" else sums / lengths[:, None]
         if self._pooling == "token":
             self._count += int(lengths.sum())

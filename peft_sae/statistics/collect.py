@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_MOST_TEXTS = 2**18  # beyond, repeated texts are not looked for: memory stays what it is
+
 
 def collect_statistics(
     model: PreTrainedModel,
@@ -55,8 +57,9 @@ def collect_statistics(
     """Run a model over labelled texts and sum up what every SAE feature does on each label.
 
     Each text goes through the model once, up to the deepest SAE and no further. Nothing is kept per
-    token, so memory does not grow with the data. Padding, BOS and what else the tokenizer adds around a
-    text do not count; the words of a chat template do. The model is left as it was found.
+    token, so memory does not grow with the data. Padding, BOS (or the first token, where there is no BOS) and
+    what else the tokenizer adds around a text do not count; the words of a chat template do. The model is left as it
+    was found.
 
     Args:
         model: the plain Hugging Face model, on any device or several, in any dtype.
@@ -68,7 +71,8 @@ def collect_statistics(
         tokens: count `all` tokens, those of the `response` (the completion, or the assistant's last turn), of the
             `prompt` before it, or of every turn of the `assistant`.
         pooling: what is one observation: each `token`; or each example, by the `mean` or the `max` over its counted
-            tokens, or by the `last` of them. With `token`, long texts count for more.
+            tokens, or by the `last` of them (behind a chat template often the one that ends the turn). With `token`,
+            long texts count for more. Raw activations are averaged with `max`, too.
         measures: what else is measured: histograms for `auroc`, a sample of examples for `probe`, the texts that
             activate each feature most, the covariance of the raw activations.
         attribute: instead of activations, sum up attributions: each feature's activation times the gradient, along its
@@ -120,17 +124,17 @@ def collect_statistics(
             "tokens": tokens,
             "pooling": pooling,
             "quantity": "activation" if attribute is None else "attribution",
+            "objective": None if attribute is None else getattr(attribute, "__qualname__", type(attribute).__name__),
             "max_length": limit,
             "prepend_bos": prepend_bos,
         }
         collection = _Collection(saes, settings, measures or Measures(), share, batch_size, progress)
-        _check_measures(collection.measures, attribute, saes)
+        _check_measures(collection.measures, pooling, attribute, saes)
         identities = [handle.identity.to_dict() for handle in saes]
         run = {"labels": list(data), "saes": identities, "batch_size": batch_size, "share": [share.rank, share.world]}
         run |= {
             **settings,
             "measures": asdict(collection.measures),
-            "objective": getattr(attribute, "__qualname__", ""),
         }
         file = StateFile(state, run, share, save_every)
         collection.resume(file)
@@ -173,6 +177,7 @@ class _Collection:
         self._counted: dict[str, dict[str, Any]] = {"examples": {}, "truncated": {}, "data": {}}
         self._moments: dict[str, tuple[FeatureMoments, ...]] = {}
         self._batches: dict[str, int] = {}
+        self._texts: set[int] = set()  # what has been read of a class, by hash
         self._earlier: Progress | None = None
         self._file: StateFile | None = None
 
@@ -197,6 +202,7 @@ class _Collection:
         sums = [ClassSums(handle, self._settings["pooling"], self.measures) for handle in self._saes]
         earlier = self._earlier.statistics.moments[label] if self._earlier is not None and done else None
         self._counted["examples"][label], self._counted["data"][label] = 0, f"{0:064x}"
+        self._texts.clear()
         batches = iterate_batches(self._examples(data, label, reader), batch_size=self._batch_size, pad_id=pad_id)
         number = 0
         with tqdm(total=_length(data), desc=f"statistics ({label})", unit=" texts", disable=not self._progress) as bar:
@@ -214,14 +220,23 @@ class _Collection:
             raise DataError(_CHANGED.format(label))
         self._counted["truncated"][label] = reader.truncated
         self._finish(label, number, sums, earlier)
+        self._tell(label, reader)
+
+    def _tell(self, label: str, reader: ExampleReader) -> None:
+        """Warn of what the user may not know about a class."""
+        examples, limit = self._counted["examples"][label], self._settings["max_length"]
         if reader.truncated:
-            examples = self._counted["examples"][label]
+            logger.warning("%d of %d %s texts were cut at %d tokens.", reader.truncated, examples, label, limit)
+        silent = examples - self._moments[label][0].examples
+        if 0 < silent < examples:
+            logger.warning("%d of %d %s texts have no token that counts.", silent, examples, label)
+        repeated = examples - len(self._texts)
+        if repeated and len(self._texts) < _MOST_TEXTS:
             logger.warning(
-                "%d of %d %s texts were cut at %d tokens.",
-                reader.truncated,
+                "%d of %d %s texts repeat another one. Tests take them as independent, so q-values are too small.",
+                repeated,
                 examples,
                 label,
-                self._settings["max_length"],
             )
 
     def _examples(self, data: Data, label: str, reader: ExampleReader) -> Iterator[Example]:
@@ -240,6 +255,8 @@ class _Collection:
             batch.ids.tolist(), batch.attention.sum(1).tolist(), batch.numbers.tolist(), strict=True
         ):
             entries.append(hashlib.sha256(f"{number}:{row[:length]}".encode()).hexdigest())
+            if len(self._texts) < _MOST_TEXTS:
+                self._texts.add(hash(tuple(row[:length])))
         self._counted["data"][label] = add_digests(*entries)
 
     def _add(self, sums: list[ClassSums], batch: Batch, capture: Capture, label: str) -> None:
@@ -303,9 +320,16 @@ def _check_counts(statistics: FeatureStatistics, tokens: str) -> None:
             )
 
 
-def _check_measures(measures: Measures, attribute: Objective | None, saes: Sequence[SaeHandle]) -> None:
+def _check_measures(
+    measures: Measures, pooling: Pooling, attribute: Objective | None, saes: Sequence[SaeHandle]
+) -> None:
     if attribute is None:
         return
+    if pooling == "max":
+        raise ConfigError(
+            "pooling='max' takes the largest activation of a text, and attributions have two signs. Use 'mean', 'last' "
+            "or 'token'."
+        )
     if measures.histograms:
         raise ConfigError(
             "Histograms are of activations, which are not negative, and attributions are. Collect them in a run of "

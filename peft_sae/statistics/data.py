@@ -116,6 +116,8 @@ class ExampleReader:
         if self._tokenizer.pad_token_id == self._tokenizer.eos_token_id:
             ignored = {self._tokenizer.bos_token_id}  # here padding is known from the attention mask alone
         ordinary = [keep and token not in ignored for keep, token in zip(ordinary, ids, strict=True)]
+        # Where there is no BOS, the first token is what every head attends to for want of better, whatever it says.
+        ordinary[:1] = [False] * len(ordinary[:1])
         counted = [keep and real for keep, real in zip(counted, ordinary, strict=True)]
         length = self._max_length
         cut = len(ids) > length

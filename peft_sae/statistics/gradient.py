@@ -29,7 +29,9 @@ def log_likelihood(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def logit_difference(tokenizer: PreTrainedTokenizerBase, positive: Sequence[str], negative: Sequence[str]) -> Objective:
-    """Return the objective "mean logit of some tokens minus that of others", behind each text's last token.
+    """Return the objective "mean logit of some tokens minus that of others", behind each text's last counted token.
+
+    With `tokens="prompt"` that is where the answer begins.
 
     Args:
         tokenizer: the model's.
@@ -53,8 +55,10 @@ def logit_difference(tokenizer: PreTrainedTokenizerBase, positive: Sequence[str]
         groups.append(torch.tensor([found[0] for found in ids]))
 
     def difference(logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        last = (batch.attention.sum(dim=1) - 1).to(logits.device)
-        final = logits[torch.arange(len(last), device=logits.device), last].float()
+        places = torch.arange(batch.ids.shape[1])
+        last = (batch.counted * places).amax(dim=1).to(logits.device)
+        live = batch.counted.any(dim=1).to(logits.device)
+        final = logits[torch.arange(len(last), device=logits.device), last][live].float()
         first, second = (final[:, ids.to(final.device)].mean(dim=1) for ids in groups)
         return (first - second).sum()
 

@@ -21,7 +21,7 @@ _DTYPES = {
 _COUNTS = ("count", "examples", "count_squares")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FeatureMoments:
     """Sums over the observations of one class, for the features of one SAE.
 
@@ -58,6 +58,10 @@ class FeatureMoments:
     raw: RawMoments | None = None
     top: TopExamples | None = None
     sample: ExampleSample | None = None
+
+    def __repr__(self) -> str:
+        parts = [name for name in PARTS if getattr(self, name) is not None]
+        return f"FeatureMoments({len(self.total)} features, {self.count} observations, {self.examples} texts, {parts})"
 
     @classmethod
     def of(cls, activations: torch.Tensor, examples: torch.Tensor | None = None) -> FeatureMoments:

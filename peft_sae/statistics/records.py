@@ -14,13 +14,33 @@ Data: TypeAlias = "str | Path | Iterable[Record]"
 
 
 def check_data(data: Data, label: str) -> None:
-    """Open a file of records and close it again, so that a wrong path is told before the long work.
+    """Read a file of records through, so that a bad line is told before the long work and not in its midst.
 
     Raises:
-        DataError: it cannot be opened.
+        DataError: it cannot be opened, is empty, or a record has none of the known forms or no text.
     """
-    if isinstance(data, (str, Path)):
-        next(iter(iterate_records(data, label)), None)
+    if not isinstance(data, (str, Path)):
+        return
+    number = -1
+    for number, record in enumerate(iterate_records(data, label)):
+        problem = _problem(record)
+        if problem:
+            raise DataError(
+                f"Record {number} of the {label} data '{data}' {problem}. Give strings, or records with 'text', with "
+                "'prompt' and 'completion', with 'messages', or with 'chosen' and 'rejected'."
+            )
+    if number < 0:
+        raise DataError(f"The {label} data '{data}' is empty, so it cannot be compared. Give at least one text.")
+
+
+def _problem(record: Any) -> str | None:
+    if isinstance(record, Mapping) and not {"messages", "completion", "chosen"} & set(record):
+        record = record.get("text")
+        if record is None:
+            return "has no text"
+    if isinstance(record, str):
+        return None if record.strip() else "is empty"
+    return None if isinstance(record, Mapping) else f"is of type {type(record).__name__}"
 
 
 def iterate_records(data: Data, label: str) -> Iterator[Record]:

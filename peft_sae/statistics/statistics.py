@@ -24,7 +24,7 @@ _MAX_SIZE = 2**31  # of any tensor in the file: such numbers are damage
 _COUNTED = ("examples", "truncated")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class FeatureStatistics:
     """What each feature of each SAE does on each class of text.
 
@@ -40,6 +40,16 @@ class FeatureStatistics:
     moments: Mapping[str, tuple[FeatureMoments, ...]]
     settings: Mapping[str, Any]
     versions: Mapping[str, str] = field(default_factory=package_versions)
+
+    def __repr__(self) -> str:
+        saes = ", ".join(f"{sae.hook_name} ({sae.d_sae} features)" for sae in self.saes)
+        counts = ", ".join(f"{label}: {one[0].count} observations" for label, one in self.moments.items() if one)
+        return f"FeatureStatistics({saes}; {counts})"
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether the texts that activate a feature most are known."""
+        return any(one.top is not None for moments in self.moments.values() for one in moments)
 
     def of(self, label: str) -> tuple[FeatureMoments, ...]:
         """Return the moments of one class, one per SAE.

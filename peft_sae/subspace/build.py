@@ -22,7 +22,7 @@ from ..statistics.model import check_same_model, model_description
 from ..statistics.records import Data, check_data
 from ..statistics.statistics import FeatureStatistics
 from .artifact import Subspace
-from .protect import Protect, find_protected, protected_ids, protected_site, sae_key, without_protected
+from .protect import Protect, find_protected, protected_ids, protected_site, sae_key, select_contrast, without_protected
 from .protected import ProtectedSite
 from .site import SubspaceSite, principal_basis, unit_rows
 
@@ -46,6 +46,7 @@ def build_subspace(
     retain_by: Literal["exclude", "protect"] = "exclude",
     protect: Protect | None = None,
     protect_top_k: int = 16,
+    protect_max_q: float | None = None,
     tokens: TokenChoice = "all",
     pooling: Pooling = "token",
     attribute: Objective | None = None,
@@ -77,7 +78,8 @@ def build_subspace(
             `"blocks.12.hook_resid_post:4051"` or `"12:4051"`, or two sets of text that differ only in what it is to
             ignore (a phrasing, a language, a format). Of those the features whose means differ most are protected. A
             feature on both lists is protected, and is taken out of the basis, which the log tells.
-        protect_top_k: features per SAE that a pair of sets protects.
+        protect_top_k: features per SAE that a pair of sets protects, at most.
+        protect_max_q: of those, only features with a q-value up to this; None protects them whatever the evidence.
         tokens: which tokens count: `all`, `prompt`, `response` or `assistant`.
         pooling: what is one observation: a `token`, or an example's `mean`, `max` or `last`.
         attribute: objective for the selector `attribution`; by default the texts' log-likelihood.
@@ -122,7 +124,7 @@ def build_subspace(
 
     def contrast(first: Data, second: Data) -> Selection:
         collected = collect({"aligned": first, "unaligned": second}, Measures(), None, ".protect")
-        return select_features(collected, top_k=protect_top_k)
+        return select_contrast(collected, protect_top_k, protect_max_q)
 
     guarded = find_protected(protect, saes, contrast)
     data = {"aligned": aligned, "unaligned": unaligned} | ({} if retain is None else {"retain": retain})

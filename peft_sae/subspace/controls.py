@@ -15,8 +15,8 @@ from ..statistics.statistics import FeatureStatistics
 from .artifact import Subspace
 from .site import SubspaceSite
 
-Control: TypeAlias = Literal["random", "neurons", "difference_pca"]
-CONTROLS = ("random", "neurons", "difference_pca")
+Control: TypeAlias = Literal["random", "neurons", "difference_pca", "mean_difference"]
+CONTROLS = ("random", "neurons", "difference_pca", "mean_difference")
 
 # Orthonormal rows [rank, width], their scores, and the class means along them, each [rank].
 _Rows: TypeAlias = "tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]"
@@ -39,7 +39,9 @@ def control_subspace(
     - `difference_pca`: the main axes, about the origin, of the differences between every aligned and every unaligned
       observation: eigenvectors of E[d d^T] = E[x x^T] + E[y y^T] - m_x m_y^T - m_y m_x^T, largest eigenvalues first.
       The spread within the classes counts, as in PCA on paired differences (arXiv 2310.01405); with pooling="mean" it
-      is that of texts instead of tokens.
+      is that of texts instead of tokens. The spread can hide the difference of the means:
+    - `mean_difference`: the direction of the difference of the raw means (arXiv 2312.06681), and random directions
+      across it for the rest of the rank.
 
     Its "features" are numbered vectors; protected features are those of `like`.
 
@@ -49,7 +51,7 @@ def control_subspace(
         statistics: for `neurons` and `difference_pca`; the latter needs Measures(covariance=True).
         aligned: label of the texts to move towards.
         unaligned: label of the texts to move away from.
-        seed: for `random`.
+        seed: for `random` and `mean_difference`.
 
     Raises:
         ConfigError: unknown kind, or the statistics are missing.
@@ -67,8 +69,11 @@ def control_subspace(
         if statistics is None or kind == "random":
             rows = _random(site, generator)
         else:
-            make = _neurons if kind == "neurons" else _difference_components
-            rows = make(site.rank, *_raw(site.sae, statistics, (aligned, unaligned)))
+            classes = _raw(site.sae, statistics, (aligned, unaligned))
+            if kind == "mean_difference":
+                rows = _mean_difference(site, classes, generator)
+            else:
+                rows = (_neurons if kind == "neurons" else _difference_components)(site.rank, *classes)
         sites.append(_control_site(site, kind, rows))
     settings = {"control": kind, "like": like.digest, "seed": seed, "aligned": aligned, "unaligned": unaligned}
     if statistics is not None:
@@ -77,11 +82,25 @@ def control_subspace(
 
 
 def _random(site: SubspaceSite, generator: torch.Generator) -> _Rows:
-    normal = torch.randn(site.sae.d_in, site.rank, generator=generator, dtype=torch.float64)
-    orthogonal, upper = torch.linalg.qr(normal)
-    rows = (orthogonal * upper.diagonal().sign()).T
+    rows = _orthonormal(torch.randn(site.sae.d_in, site.rank, generator=generator, dtype=torch.float64))
     ones = torch.ones(site.rank, dtype=torch.float64)
     return rows, ones, torch.zeros_like(ones), torch.zeros_like(ones), ones
+
+
+def _orthonormal(columns: torch.Tensor) -> torch.Tensor:
+    """Rows [rank, width] that span the columns [width, rank], the first along the first; of normal ones, uniform."""
+    orthogonal, upper = torch.linalg.qr(columns)
+    rows: torch.Tensor = (orthogonal * upper.diagonal().sign()).T
+    return rows
+
+
+def _mean_difference(site: SubspaceSite, classes: tuple[RawMoments, RawMoments], generator: torch.Generator) -> _Rows:
+    first, second = classes
+    difference = first.mean - second.mean
+    normal = torch.randn(site.sae.d_in, site.rank - 1, generator=generator, dtype=torch.float64)
+    rows = _orthonormal(torch.cat([difference[:, None], normal], dim=1))
+    scores = rows @ difference
+    return rows, scores, rows @ first.mean, rows @ second.mean, torch.arange(site.rank).double()
 
 
 def _raw(sae: SaeIdentity, statistics: FeatureStatistics, labels: tuple[str, str]) -> tuple[RawMoments, RawMoments]:
@@ -109,7 +128,7 @@ def _difference_components(rank: int, first: RawMoments, second: RawMoments) -> 
     if first.products is None or second.products is None:
         raise SelectionError(
             "The statistics hold no covariance, which the control 'difference_pca' needs. Collect them again with "
-            "measures=Measures(covariance=True)."
+            "measures=Measures(covariance=True) (--measure covariance)."
         )
     cross = torch.outer(first.mean, second.mean)
     moments = first.products / first.count + second.products / second.count - cross - cross.T

@@ -12,9 +12,11 @@ import torch
 from ..errors import ConfigError, SelectionError
 from ..sae.handle import SaeHandle, as_handles
 from ..sae.identity import SaeIdentity
-from ..selection.select import SelectedFeatures, Selection
+from ..selection.criteria import Criteria
+from ..selection.select import SelectedFeatures, Selection, select_features
 from ..selection.tokens import promoted_tokens
 from ..statistics.records import Data, check_data
+from ..statistics.statistics import FeatureStatistics
 from .protected import ProtectedSite, parse_feature_name
 from .site import unit_rows
 
@@ -55,6 +57,15 @@ def find_protected(
     names = [str(name) for name in protect]
     protected_ids(names, as_handles(saes))
     return names
+
+
+def select_contrast(statistics: FeatureStatistics, top_k: int, max_q: float | None) -> Selection:
+    """Select the features in which two sets differ most in the mean, to be protected.
+
+    Raises:
+        SelectionError: they differ nowhere.
+    """
+    return select_features(statistics, top_k=top_k, criteria=Criteria(max_q=max_q), allow_empty=True)
 
 
 def _is_name(value: object) -> bool:

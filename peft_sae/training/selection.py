@@ -11,7 +11,7 @@ from ..artifact import check_target
 from ..errors import ConfigError, MismatchError
 from ..sae.handle import SaeHandle
 from ..sae.load import load_saes
-from ..selection.criteria import Criteria
+from ..selection.criteria import Criteria, ids_by_hook
 from ..selection.registry import get_selector
 from ..selection.select import Selection, select_features
 from ..statistics.collect import collect_statistics
@@ -23,12 +23,19 @@ from ..statistics.statistics import STATISTICS_FILES, FeatureStatistics
 from ..subspace.artifact import SUBSPACE_FILES, Subspace
 from ..subspace.build import subspace_from_selection
 from ..subspace.controls import CONTROLS, control_subspace
-from ..subspace.protect import find_protected, protected_ids
+from ..subspace.protect import find_protected, protected_ids, select_contrast
 from .fields import read_fields
 from .job import load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_MEASURES = {
+    "histograms": Measures(histograms=True),
+    "sample": Measures(sample=2000),
+    "covariance": Measures(covariance=True),
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,7 @@ class SelectionJob:
             killed run goes on from there.
         retain: JSONL file of texts whose features are to be left alone.
         retain_by: `exclude` or `protect`, see `build_subspace`.
+        retain_ratio: see `Criteria`.
         selector: how features are scored.
         top_k: features per SAE.
         variance: share of variance that the basis keeps.
@@ -59,13 +67,15 @@ class SelectionJob:
         keep: names of features to choose first, whatever their score.
         protect: names of features that the update must not use.
         protect_contrast: two JSONL files that differ only in what the update is to ignore.
-        protect_top_k: features per SAE that the contrast protects.
+        protect_top_k: features per SAE that the contrast protects, at most.
+        protect_max_q: of those, only features with a q-value up to this; None protects them whatever the evidence.
         tokens: tokens that count.
         pooling: what one observation is.
         batch_size: texts per forward pass.
         max_length: tokens per text; longer ones are cut.
+        measures: more to keep in the statistics, for later selections: `histograms`, `sample`, `covariance`.
         texts: texts to remember per feature and class, those that activate it most.
-        control: write a basis without an SAE instead, of the same ranks: `random`, `neurons` or `difference_pca`.
+        control: write a basis without an SAE instead, of the same ranks, see `control_subspace`.
         dtype: dtype that the model is loaded in; by default as stored.
         device: device for model and SAEs; `auto` spreads the model over all.
         seed: for what is random.
@@ -83,6 +93,7 @@ class SelectionJob:
     statistics: str | None = None
     retain: str | None = None
     retain_by: Literal["exclude", "protect"] = "exclude"
+    retain_ratio: float = 0.5
     selector: str = "mean_difference"
     top_k: int = 64
     variance: float = 0.8
@@ -97,12 +108,14 @@ class SelectionJob:
     protect: Sequence[str] = ()
     protect_contrast: Sequence[str] = ()
     protect_top_k: int = 16
+    protect_max_q: float | None = None
     tokens: Literal["all", "prompt", "response", "assistant"] = "all"
     pooling: Literal["token", "mean", "max", "last"] = "token"
     batch_size: int = 8
     max_length: int | None = None
+    measures: Sequence[str] = ()
     texts: int = 0
-    control: Literal["random", "neurons", "difference_pca"] | None = None
+    control: Literal["random", "neurons", "difference_pca", "mean_difference"] | None = None
     dtype: str | None = None
     device: str = "cpu"
     seed: int = 0
@@ -128,6 +141,9 @@ class SelectionJob:
             )
         if self.control is not None and self.control not in CONTROLS:
             raise ConfigError(f"control={self.control!r} is unknown. Choose one of {CONTROLS}.")
+        unknown = sorted(set(self.measures) - set(_MEASURES))
+        if unknown:
+            raise ConfigError(f"measures={unknown} are unknown. Choose among {sorted(_MEASURES)}.")
         self.criteria  # noqa: B018  (for its checks)
 
     @property
@@ -141,6 +157,7 @@ class SelectionJob:
             max_q=self.max_q,
             exclude=tuple(self.drop),
             keep=tuple(self.keep),
+            retain_ratio=self.retain_ratio,
         )
 
     @property
@@ -173,11 +190,6 @@ class SelectionResult:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     saes: Sequence[SaeHandle]
-
-    @property
-    def has_texts(self) -> bool:
-        """Whether the statistics name the texts that activate a feature most."""
-        return any(one.top is not None for moments in self.statistics.moments.values() for one in moments)
 
 
 def read_selection(path: str | Path | None, **overrides: Any) -> SelectionJob:
@@ -215,7 +227,9 @@ def run_selection(job: SelectionJob, *, progress: bool = True) -> SelectionResul
     handles = load_saes(job.saes, ids=job.ids or None, layers=job.layers or None, device=device)
     if kept is not None:
         _check_same_saes(kept, handles, job)
+        _check_same_settings(kept, job)
     protected_ids(job.protect, handles)
+    ids_by_hook([*job.drop, *job.keep, *job.features], _identities(handles))
     model, tokenizer = load_model(job.model, dtype=job.dtype, device=job.device)
     collector = _Collector(job, model, tokenizer, handles, progress)
     guarded = find_protected(tuple(job.protect_contrast) or list(job.protect), handles, collector.protected)
@@ -257,6 +271,27 @@ def _check_same_saes(statistics: FeatureStatistics, handles: Sequence[SaeHandle]
         )
 
 
+def _check_same_settings(statistics: FeatureStatistics, job: SelectionJob) -> None:
+    """Refuse what would have no effect on statistics that are there already."""
+    told = {"tokens": (job.tokens, "all"), "pooling": (job.pooling, "token"), "max_length": (job.max_length, None)}
+    different = {
+        name: (value, statistics.settings.get(name))
+        for name, (value, default) in told.items()
+        if value not in (default, statistics.settings.get(name))
+    }
+    if different:
+        raise ConfigError(
+            f"{different} (asked for, collected with) cannot be changed in the statistics in '{job.from_statistics}'. "
+            "Collect them again, or leave these options out."
+        )
+    if job.measures or (job.texts and not (job.data and statistics.has_texts)):
+        raise ConfigError(
+            f"measures={list(job.measures)} and texts={job.texts} are about collecting, and the statistics in "
+            f"'{job.from_statistics}' are collected{'' if statistics.has_texts else ', without texts'}. Leave them "
+            "out; texts that statistics name are shown if the data are given beside them."
+        )
+
+
 def _identities(handles: Sequence[SaeHandle]) -> list[Any]:
     return [handle.identity for handle in handles]
 
@@ -274,6 +309,8 @@ class _Collector:
         """Collect, and write if that is asked for; the state of a killed run is used up then."""
         job = self._job
         wanted = Measures(top_examples=job.texts, covariance=job.control == "difference_pca")
+        for name in job.measures:
+            wanted |= _MEASURES[name]
         state = None if job.statistics is None else Path(f"{job.statistics}.state")
         found = self._collect(job.data, measures | wanted, attribution, state)
         if job.statistics is not None and state is not None:
@@ -284,7 +321,8 @@ class _Collector:
     def protected(self, first: Data, second: Data) -> Selection:
         """Select the features in which two sets differ most."""
         pair = {"aligned": str(first), "unaligned": str(second)}
-        return select_features(self._collect(pair, Measures(), False, None), top_k=self._job.protect_top_k)
+        collected = self._collect(pair, Measures(), False, None)
+        return select_contrast(collected, self._job.protect_top_k, self._job.protect_max_q)
 
     def _collect(
         self, data: dict[str, Data] | dict[str, str], measures: Measures, attribution: bool, state: Path | None

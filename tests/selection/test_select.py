@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from peft_sae import FeatureStatistics, load_saes, register_selector, select_features
-from peft_sae.errors import DataError, SelectionError
+from peft_sae.errors import ConfigError, DataError, SelectionError
 from peft_sae.selection import registry, selector_names
 from peft_sae.statistics import FeatureMoments
 from tests.tiny import make_sae
@@ -157,3 +157,31 @@ def test_wrong_scores_are_an_error(score, message):
 def test_at_least_one_feature_is_asked_for():
     with pytest.raises(SelectionError, match="top_k=0 selects nothing"):
         select_features(_statistics(_columns(f1=(1.0, 1.0)), _columns()), top_k=0)
+
+
+def test_few_texts_are_told_of(caplog):
+    select_features(_statistics(_columns(f1=(1.0, 2.0)), _columns(f2=(1.0, 1.0))), top_k=1)
+    assert "A class has 2 texts only" in caplog.text
+
+
+def test_wrong_kinds_of_arguments_are_told_of():
+    statistics = _statistics(_columns(f1=(1.0, 1.0)), _columns())
+    with pytest.raises(ConfigError, match=r"criteria is a dict. Give Criteria"):
+        select_features(statistics, criteria={"max_q": 0.05})
+    with pytest.raises(SelectionError, match=r"is no name. Register your function with @register_selector"):
+        select_features(statistics, selector=lambda contrast: contrast.aligned.mean)
+
+
+def test_an_sae_without_features_can_be_left_out(caplog):
+    statistics = _statistics(
+        _columns(f1=(1.0, 1.0)), _columns(), ("blocks.0.hook_resid_post", "blocks.1.hook_resid_post")
+    )
+    same = FeatureMoments.of(_columns(f2=(1.0, 1.0)))
+    for label, moments in statistics.moments.items():
+        statistics.moments[label] = (moments[0], same)
+    with pytest.raises(SelectionError, match=r"No feature of .* differs"):
+        select_features(statistics, top_k=1)
+    selection = select_features(statistics, top_k=1, allow_empty=True)
+    assert [site.sae.hook_name for site in selection.sites] == ["blocks.0.hook_resid_post"]
+    with pytest.raises(SelectionError, match=r"No feature of .* differs"):
+        select_features(statistics, top_k=1, unaligned="aligned", allow_empty=True)

@@ -197,12 +197,12 @@ def test_cosine_needs_raw_activations(handle):
 
 
 def test_cosine_of_a_transcoder_is_an_error():
-    sae = make_sae("blocks.1.mlp.hook_in", kind="transcoder", features=D_SAE, out=WIDTH + 4)
+    sae = make_sae("blocks.1.mlp.hook_in", kind="transcoder", features=D_SAE, out=WIDTH)
     handle = load_saes(sae)[0]
     generator = torch.Generator().manual_seed(0)
     lengths = torch.full((4,), 3)
     streams = {label: (torch.randn(4, 3, WIDTH, generator=generator), lengths) for label in ("aligned", "unaligned")}
-    with pytest.raises(SelectionError, match=r"reads 32 and writes 36 wide activations"):
+    with pytest.raises(SelectionError, match=r"reads blocks\.1\.mlp\.hook_in and writes blocks\.1\.hook_mlp_out"):
         select_features(_collected(handle, streams), selector="cosine", top_k=5, saes=[handle])
 
 
@@ -227,17 +227,20 @@ def test_missing_measures_are_an_error(handle, name, message):
         select_features(_of(handle, torch.ones(3, D_SAE), torch.zeros(3, D_SAE)), selector=name, top_k=2)
 
 
-def test_explicit_keeps_the_callers_order(handle, streams):
+def test_explicit_keeps_the_callers_order(handle, streams, caplog):
     statistics = _collected(handle, streams)
     live = (statistics.of("aligned")[0].fired > 0).nonzero()[:, 0].tolist()
     wanted = [live[20], live[3], live[11]]
     names = [f"1:{wanted[0]}", f"blocks.1.hook_resid_post:{wanted[1]}", f"1:{wanted[2]}", f"1:{wanted[0]}"]
-    (site,) = select_features(statistics, selector="explicit", top_k=10, features=names).sites
-    assert site.features.tolist() == wanted
-    assert (
-        select_features(statistics, selector="explicit", top_k=2, features=names).sites[0].features.tolist()
-        == (wanted[:2])
-    )
+    dead = (statistics.of("aligned")[0].fired + statistics.of("unaligned")[0].fired == 0).nonzero()[:, 0].tolist()
+    for top_k in (2, 10):
+        (site,) = select_features(statistics, selector="explicit", top_k=top_k, features=names).sites
+        assert site.features.tolist() == wanted
+    assert not caplog.records
+    (site,) = select_features(
+        statistics, selector="explicit", features=[*names, *(f"1:{one}" for one in dead[:1])]
+    ).sites
+    assert site.features.tolist() == wanted + dead[:1]
 
 
 @pytest.mark.parametrize(("selector", "features"), [("explicit", ()), ("mean_difference", ("1:3",))])
@@ -273,3 +276,33 @@ def test_random_takes_every_live_feature_equally_often(handle):
         counts[select_features(statistics, selector="random", top_k=2, seed=seed).sites[0].features] += 1
     assert counts[8:].sum() == 0
     assert stats.chisquare(counts[:8].numpy()).pvalue > 0.001  # the seeds are fixed, so this holds always
+
+
+@pytest.mark.parametrize(("scale", "spread"), [(1e-5, 0.3), (1e5, 0.3), (100.0, 0.001)])
+def test_auroc_that_is_known_coarsely_is_told_of(handle, caplog, scale, spread):
+    from peft_sae.selection.selectors import area_error
+
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 400, D_SAE, generator=generator)
+    classes = scale * (1 + spread * (noise + torch.tensor([1.0, 0.0])[:, None, None])).clamp(min=0.01).double()
+    contrast = _histogram_contrast(handle, classes)
+    exact = [roc_auc_score([1] * 400 + [0] * 400, classes[:, :, feature].flatten()) for feature in range(4)]
+    found = (selectors.auroc(contrast) + 1) / 2
+    bound = area_error(contrast)
+    assert "AUROC is known to" in caplog.text
+    for feature, value in enumerate(exact):
+        assert abs(float(found[feature]) - value) <= float(bound[feature]) + 1e-9
+
+
+def _histogram_contrast(handle, classes):
+    from dataclasses import replace
+
+    from peft_sae.selection import Contrast
+    from peft_sae.statistics.parts import HISTOGRAM_BINS, ActivationHistogram
+
+    moments = []
+    for values in classes:
+        cells = torch.arange(D_SAE) * HISTOGRAM_BINS + ActivationHistogram.bins(values)
+        counts = torch.bincount(cells.flatten(), minlength=D_SAE * HISTOGRAM_BINS).view(D_SAE, -1).int()
+        moments.append(replace(FeatureMoments.of(values), histogram=ActivationHistogram(counts)))
+    return Contrast(handle.identity, *moments)

@@ -259,3 +259,20 @@ def test_saes_that_disagree_about_bos_are_told_of(llama, tokenizer, caplog):
     settings = _collect(llama, tokenizer, load_saes([first, second])).settings
     assert settings["prepend_bos"] is True
     assert "those at ['blocks.1.hook_resid_post'] were trained without" in caplog.text
+
+
+def test_texts_that_repeat_or_are_silent_are_told_of(llama, tokenizer, saes, caplog):
+    records = [{"prompt": "red", "completion": " sun"}] * 2 + [{"prompt": "sea", "completion": ""}]
+    _collect(llama, tokenizer, saes, {"aligned": records}, tokens="response", batch_size=2)
+    assert "1 of 3 aligned texts repeat another one. Tests take them as independent" in caplog.text
+    assert "1 of 3 aligned texts have no token that counts" in caplog.text
+    caplog.clear()
+    _collect(llama, tokenizer, saes, {"aligned": ["red sun", "red sea"], "unaligned": ["red sun"]})
+    assert not caplog.records
+
+
+def test_statistics_have_a_short_representation(llama, tokenizer, saes):
+    statistics = _collect(llama, tokenizer, saes)
+    assert len(repr(statistics)) < 400
+    assert "aligned: " in repr(statistics)
+    assert "64 features" in repr(statistics.of("aligned")[0])

@@ -10,6 +10,7 @@ from peft_sae import FeatureStatistics
 from peft_sae.artifact import digest
 from peft_sae.errors import ArtifactError
 from peft_sae.statistics import Measures
+from peft_sae.statistics.parts import HISTOGRAM_BINS
 from tests.tiny import make_model
 
 from .dense import assert_same_sums, collect, double_saes, make_texts
@@ -71,7 +72,7 @@ def test_the_helper_of_these_tests_leaves_a_readable_file(statistics, tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"histogram.cells": _put(-1, 64 * 640)}, "histogram with impossible cells"),
+        ({"histogram.cells": _put(-1, 64 * HISTOGRAM_BINS)}, "histogram with impossible cells"),
         ({"histogram.cells": _put(0, -1)}, "histogram with impossible cells"),
         ({"histogram.cell_counts": _put(0, 0)}, "histogram with impossible cells"),
         ({"histogram.cells": lambda cells: cells[[0, 0, *range(2, len(cells))]]}, "has not the digest"),

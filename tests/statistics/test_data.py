@@ -8,7 +8,7 @@ from tokenizers import processors
 from peft_sae.errors import ConfigError, DataError
 from peft_sae.statistics.batches import iterate_batches
 from peft_sae.statistics.data import Example, ExampleReader
-from peft_sae.statistics.records import iterate_records, split_preferences
+from peft_sae.statistics.records import check_data, iterate_records, split_preferences
 from tests.tiny import make_tokenizer
 
 USER, ASSISTANT = 16, 17
@@ -240,3 +240,29 @@ def test_preferences_become_two_sets_that_can_be_read_twice(record, parts):
 def test_other_records_are_no_preferences(record):
     with pytest.raises(DataError, match=r"Example 0 has .*'chosen' and 'rejected' are needed"):
         list(split_preferences([record])[0])
+
+
+def test_first_token_does_not_count_even_without_bos():
+    bare = make_tokenizer()
+    bare.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A")
+    example = _reader(tokenizer=bare).read("red green", 0)
+    assert (example.ids, example.counted) == ([4, 5], [False, True])
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ('{"text": "gre', "Line 3 of .* is not JSON"),
+        ('{"text": "  "}', "Record 2 of the aligned data .* is empty"),
+        ('{"question": "red"}', "Record 2 of the aligned data .* has no text"),
+        ("3", "Record 2 of the aligned data .* is of type int"),
+    ],
+)
+def test_files_are_read_through_before_the_long_work(tmp_path, last, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text(f'{{"text": "red"}}\n{{"prompt": "red", "completion": ""}}\n{last}\n')
+    with pytest.raises(DataError, match=message):
+        check_data(path, "aligned")
+    path.write_text("\n")
+    with pytest.raises(DataError, match=r"The aligned data .* is empty"):
+        check_data(path, "aligned")

@@ -143,7 +143,7 @@ def test_objective_without_any_influence_is_a_data_error(tokenizer, saes):
 
 
 def test_objective_without_gradients_is_a_data_error(model, tokenizer, saes):
-    with pytest.raises(DataError, match="nothing to attribute. It must be computed from the logits"):
+    with pytest.raises(DataError, match=r"nothing to attribute\. It must be computed from the logits"):
         collect(model, tokenizer, {"a": ["red"]}, saes, attribute=lambda logits, batch: logits.detach().sum())
 
 
@@ -281,3 +281,15 @@ def test_transcoders_are_read_where_they_read_and_attributed_where_they_write(to
             step[0, place] = 2e-3 * sae.W_dec[feature].detach()
             exact += float(features[place, feature]) * (run(step)[0] - run(-step)[0]) / 4e-3  # norms round to float32
         assert found.total[feature].item() == pytest.approx(exact, rel=1e-3, abs=1e-5)
+
+
+def test_logit_difference_is_behind_the_tokens_that_count(model, tokenizer, saes, difference):
+    options = {"attribute": difference, "batch_size": 3}
+    whole = [{**record, "completion": " fish"} for record in RECORDS]
+    behind_prompt = collect(model, tokenizer, {"a": whole}, saes, tokens="prompt", **options)
+    behind_answer = collect(model, tokenizer, {"a": whole}, saes, tokens="response", **options)
+    bare = collect(model, tokenizer, {"a": [record["prompt"] for record in RECORDS]}, saes, **options)
+    for one, other, last in zip(behind_prompt.of("a"), bare.of("a"), behind_answer.of("a"), strict=True):
+        # A causal model: nothing behind the prompt's last token has a gradient.
+        torch.testing.assert_close(one.total, other.total, rtol=1e-4, atol=1e-6)
+        assert not torch.allclose(one.total, last.total, rtol=1e-2)

@@ -94,29 +94,29 @@ def test_area_under_the_curve_from_histograms_is_sklearns(shape, pooling):
     assert (expected - 0.5).abs().max() > (0.05 if shape not in ("zero", "sparse") else -1)
 
 
-def test_bins_are_thirty_seconds_of_an_octave():
-    values = torch.logspace(-8, 12, 20001, base=2, dtype=torch.float64)[:-1]
+def test_bins_are_sixty_fourths_of_an_octave():
+    values = torch.logspace(-11, 13, 40001, base=2, dtype=torch.float64)[:-1]
     bins = ActivationHistogram.bins(values)
     assert (bins.diff() >= 0).all()
     assert torch.equal(bins.unique(), torch.arange(HISTOGRAM_BINS))
-    octaves = torch.arange(-8, 12)
-    assert torch.equal(ActivationHistogram.bins(2.0**octaves), 32 * (octaves + 8))
-    inside = 2.0 ** octaves[:, None] * (1 + torch.arange(32) / 32)
+    octaves = torch.arange(-11, 13)
+    assert torch.equal(ActivationHistogram.bins(2.0**octaves), 64 * (octaves + 11))
+    inside = 2.0 ** octaves[:, None] * (1 + torch.arange(64) / 64)
     assert torch.equal(ActivationHistogram.bins(inside).flatten(), torch.arange(HISTOGRAM_BINS))
     below = torch.nextafter(inside[1:].flatten(), torch.tensor(0.0))
-    assert torch.equal(ActivationHistogram.bins(below), torch.arange(31, HISTOGRAM_BINS - 1))
+    assert torch.equal(ActivationHistogram.bins(below), torch.arange(63, HISTOGRAM_BINS - 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_values_past_the_outermost_bins_fall_into_them(dtype):
     limits = torch.finfo(dtype)
-    values = torch.tensor([limits.smallest_normal, limits.tiny / 2, 2.0**-9, 2.0**12, limits.max], dtype=dtype)
+    values = torch.tensor([limits.smallest_normal, limits.tiny / 2, 2.0**-12, 2.0**13, limits.max], dtype=dtype)
     assert ActivationHistogram.bins(values).tolist() == [0, 0, 0, *[HISTOGRAM_BINS - 1] * 2]
 
 
 def test_values_next_to_an_edge_stay_on_their_side():
     below = torch.nextafter(torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64))
-    assert ActivationHistogram.bins(torch.stack([below, torch.ones_like(below)])).tolist() == [8 * 32 - 1, 8 * 32]
+    assert ActivationHistogram.bins(torch.stack([below, torch.ones_like(below)])).tolist() == [11 * 64 - 1, 11 * 64]
 
 
 @pytest.mark.parametrize("pooling", ["token", "mean", "max", "last"])
@@ -125,11 +125,11 @@ def test_histograms_count_every_observation_that_fires(model, tokenizer, saes, e
     found = collect(model, tokenizer, {"aligned": TEXTS}, saes, measures=measures, pooling=pooling, batch_size=4)
     for moments, features in zip(found.of("aligned"), everything, strict=True):
         exact, _ = pool(features, pooling)
-        edges = (2.0 ** torch.arange(-8, 12)[:, None] * (1 + torch.arange(32) / 32)).flatten().double()
+        edges = (2.0 ** torch.arange(-11, 13)[:, None] * (1 + torch.arange(64) / 64)).flatten().double()
         for feature in range(64):
             fired = exact[:, feature][exact[:, feature] > 0]
             bins = (torch.searchsorted(edges, fired, right=True) - 1).clamp(min=0)
-            assert torch.equal(moments.histogram.counts[feature], torch.bincount(bins, minlength=HISTOGRAM_BINS))
+            assert torch.equal(moments.histogram.counts[feature].long(), torch.bincount(bins, minlength=HISTOGRAM_BINS))
 
 
 def _best(features, number):

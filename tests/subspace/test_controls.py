@@ -35,7 +35,7 @@ def _raw(model, tokenizer, records, site):
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("kind", ["random", "neurons", "difference_pca"])
+@pytest.mark.parametrize("kind", ["random", "neurons", "difference_pca", "mean_difference"])
 def test_shape_and_protection_are_those_of_the_original(chosen, statistics, kind, tmp_path):
     control = control_subspace(chosen, kind, statistics=statistics, seed=3)
     assert [site.sae.hook_name for site in control.sites] == [site.sae.hook_name for site in chosen.sites]
@@ -52,6 +52,23 @@ def test_shape_and_protection_are_those_of_the_original(chosen, statistics, kind
 def test_random_basis_depends_on_the_seed_alone(chosen):
     first, again, other = (control_subspace(chosen, "random", seed=seed).digest for seed in (0, 0, 1))
     assert first == again != other
+
+
+def test_random_subspaces_are_of_a_uniform_distribution(chosen):
+    """Signs of the first vector's first coordinate, which QR alone would all make the same."""
+    signs = [float(control_subspace(chosen, "random", seed=seed).sites[0].basis[0, 0]) > 0 for seed in range(40)]
+    assert 8 <= sum(signs) <= 32
+
+
+def test_mean_difference_is_the_raw_direction_and_random_ones_across_it(chosen, statistics, llama, tokenizer):
+    control = control_subspace(chosen, "mean_difference", statistics=statistics, seed=1)
+    other = control_subspace(chosen, "mean_difference", statistics=statistics, seed=2)
+    for site, again in zip(control.sites, other.sites, strict=True):
+        means = [_raw(llama, tokenizer, records, site.sae.site).mean(0) for records in (ALIGNED, UNALIGNED)]
+        direction = torch.nn.functional.normalize(means[0] - means[1], dim=0).float()
+        torch.testing.assert_close(site.basis[0], direction, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(again.basis[0], direction, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(site.basis[1], again.basis[1], atol=0.1)
 
 
 def test_neurons_are_the_coordinates_that_differ_most(chosen, statistics, llama, tokenizer):

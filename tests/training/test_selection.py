@@ -125,6 +125,58 @@ def test_a_control_takes_the_place_of_the_features(world):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"tokens": "response"}, r"'tokens': \('response', 'all'\).*cannot be changed"),
+        ({"pooling": "mean"}, r"'pooling': \('mean', 'token'\)"),
+        ({"max_length": 5}, r"'max_length': \(5, 64\)"),
+        ({"measures": ["sample"]}, "are about collecting"),
+        ({**TEXTS, "texts": 2}, "are collected, without texts"),
+    ],
+)
+def test_what_kept_statistics_cannot_follow_is_refused(world, options, message):
+    _run(**TEXTS, statistics="statistics")
+    assert _run(from_statistics="statistics", tokens="all", max_length=64)
+    with pytest.raises(ConfigError, match=message):
+        _run(from_statistics="statistics", **options)
+
+
+def test_statistics_can_be_kept_for_every_selector(world):
+    measures = ["histograms", "sample", "covariance"]
+    _run(**TEXTS, statistics="statistics", measures=measures)
+    for selector in ("auroc", "probe", "cosine", "firing_rate", "random"):
+        assert _run(from_statistics="statistics", selector=selector, control=None).selection.sites
+    assert _run(from_statistics="statistics", control="difference_pca").subspace.settings["control"] == "difference_pca"
+
+
+def test_names_are_checked_before_the_model_runs(world, monkeypatch):
+    monkeypatch.setattr("peft_sae.training.selection.collect_statistics", lambda *_, **__: pytest.fail("ran"))
+    with pytest.raises(SelectionError, match="'0:99' names feature 99"):
+        _run(**TEXTS, drop=["0:99"])
+
+
+def test_a_contrast_protects_what_it_can_show(world):
+    texts = [" ".join(pair) for pair in (("red", "sun"), ("sea", "hill"), ("moon", "sky"), ("fish", "tree"))]
+    for name, extra in (("one", " stone stone"), ("other", " bird bird")):
+        records = [json.dumps({"text": f"{text} {more}{extra}"}) for text in texts for more in ("red", "blue", "green")]
+        (world / f"{name}.jsonl").write_text("\n".join(records))
+    pair = ("one.jsonl", "other.jsonl")
+    every = _run(**TEXTS, protect_contrast=pair, protect_top_k=6).subspace.protected
+    assert [len(site.features) for site in every] == [6, 6]
+    sure = _run(**TEXTS, protect_contrast=pair, protect_top_k=64, protect_max_q=1e-3).subspace.protected
+    assert 0 < len(sure[0].features) < 64
+    with pytest.raises(SelectionError, match="is left"):
+        _run(**TEXTS, protect_contrast=pair, protect_max_q=0.0)
+
+
+def test_random_features_depend_on_the_seed(world):
+    first, again, other = (
+        _run(**TEXTS, selector="random", seed=seed).subspace.sites[0].features.tolist() for seed in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
         ({}, "It takes two sets of text"),
         ({**TEXTS, "preferences": "p"}, "It takes two sets of text"),
         ({"aligned": "aligned.jsonl"}, "It takes two sets of text"),
