@@ -68,6 +68,22 @@ def replace_folder(target: str | Path, *, owned: Collection[str] = ()) -> Iterat
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def check_writable(target: str | Path) -> None:
+    """Check that something can be written beside a path, before any long work.
+
+    Raises:
+        ArtifactError: it cannot.
+    """
+    place = Path(target).absolute().parent
+    try:
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=place):
+            pass
+    except OSError as error:
+        raise ArtifactError(f"Nothing can be written at '{target}' ({error}). Give another place.") from error
+
+
 def check_target(target: str | Path, *, owned: Collection[str] = ()) -> Path:
     """Check that a folder may be written, before any long work, and return its resolved path.
 

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from ..errors import PeftSaeError
+from ..selection.escape import visible
 from .select import select
 
 app = typer.Typer(
@@ -40,7 +41,8 @@ def main() -> None:
         app()
     except PeftSaeError as error:
         Console(stderr=True).print(f"[bold red]{type(error).__name__}:[/] ", end="")
-        Console(stderr=True).print(str(error), markup=False, highlight=False)
+        # Messages quote what files and servers say, which must not drive the terminal.
+        Console(stderr=True).print("\n".join(map(visible, str(error).split("\n"))), markup=False, highlight=False)
         sys.exit(FAILED)
 
 

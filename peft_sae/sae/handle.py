@@ -75,12 +75,16 @@ class SaeHandle:
 @contextmanager
 def _unchanged(sae: SAE[Any]) -> Iterator[None]:
     """Undo what encoding stores in the SAE object: its reshaping mode and the norms of the last input."""
-    before = dict(vars(sae))
+    state = vars(sae)
+    before = dict(state)
     try:
         yield
-    finally:
-        vars(sae).clear()
-        vars(sae).update(before)
+    finally:  # one by one, so that the object is whole at every moment
+        for name in [name for name in state if name not in before]:
+            del state[name]
+        for name, value in before.items():
+            if state.get(name) is not value:
+                state[name] = value
 
 
 def make_handle(sae: SAE[Any], *, name: str | None = None, neuronpedia_id: str | None = None) -> SaeHandle:

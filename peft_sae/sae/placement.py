@@ -211,7 +211,10 @@ def _linear_paths(block: nn.Module, bridge: Any, part: str) -> list[str]:
     return [
         name
         for name, module in block.named_modules()
-        if any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes) and _features(module) is not None
+        # What an adapter has put into a module is no module of the model.
+        if not any(part == "base_layer" or part.startswith("lora_") for part in name.split("."))
+        and any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+        and _features(module) is not None
     ]
 
 

@@ -17,6 +17,14 @@ def visible(text: str) -> str:
     )
 
 
+def in_csv(value: object) -> object:
+    """Return a cell for a spreadsheet: a text that begins like a formula gets a quote in front."""
+    if not isinstance(value, str):
+        return value
+    shown = visible(value)
+    return f"'{shown}" if shown.startswith(("=", "+", "-", "@")) else shown
+
+
 def in_html(text: str) -> str:
     """Return a text for use between tags or in a quoted attribute."""
     return html.escape(visible(text), quote=True)

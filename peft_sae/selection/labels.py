@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 from ..errors import ConfigError, DataError, suggest
 from ..sae.names import feature_name
+from .escape import visible
 from .select import Selection
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 _NAME = re.compile(r"[^:\s][^:]*:[0-9]{1,9}")
 _SUFFIXES = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz")
 _WORKERS = 4
+_LARGEST_FILE = 2**28
+_LONGEST_LABEL = 1000  # characters
 _MAX_ANSWER = 2**25  # bytes
 
 
@@ -71,6 +74,7 @@ def read_labels(path: str | Path) -> dict[str, str]:
 def _records(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
     """The records of a file, each with its place in words."""
     try:
+        _check_size(path)
         with (gzip.open if path.suffix.lower() == ".gz" else open)(
             path, "rt", encoding="utf-8-sig", newline=""
         ) as file:
@@ -91,6 +95,19 @@ def _records(path: Path, kind: str) -> Iterator[tuple[str, Any]]:
         raise DataError(f"The labels '{path}' cannot be read ({error}). Check the path.") from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"'{path}' is no text of the form {kind} in UTF-8 ({error}). Convert the file.") from error
+
+
+def _check_size(path: Path) -> None:
+    """Refuse a file that a bomb would unpack to, before it is in memory."""
+    left = _LARGEST_FILE
+    with (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rb") as file:
+        while chunk := file.read(2**20):
+            left -= len(chunk)
+            if left < 0:
+                raise DataError(
+                    f"The labels '{path}' hold more than {_LARGEST_FILE // 2**20} MiB of text, more than any SAE has "
+                    "labels for. Give the labels of one SAE."
+                )
 
 
 def _csv_records(reader: csv.DictReader[str], path: Path) -> Iterator[tuple[str, Any]]:
@@ -127,7 +144,7 @@ def _entry(record: Any, place: str) -> tuple[str, str, bool]:
         )
     if not isinstance(label, str):
         raise DataError(f"{place} gives {name!r} the label {label!r}, which is no text. Give a text.")
-    return name.strip(), label.strip(), exported
+    return name.strip(), label.strip()[:_LONGEST_LABEL], exported
 
 
 def fetch_labels(
@@ -212,7 +229,7 @@ class _Fetch:
                 label = self._ask(f"{self._server}/api/feature/{address}", left)
             except Exception as error:  # never fails the run
                 with self._lock:
-                    self._problems.append(f"{error} ({address})")
+                    self._problems.append(visible(f"{error} ({address})"))
                 unreachable = isinstance(error, (OSError, HTTPException)) and not isinstance(
                     error, urllib.error.HTTPError
                 )
@@ -234,5 +251,5 @@ class _Fetch:
         for explanation in answer.get("explanations", []):
             description = explanation.get("description") if isinstance(explanation, dict) else None
             if isinstance(description, str) and description.strip():
-                return description.strip()
+                return description.strip()[:_LONGEST_LABEL]
         return ""

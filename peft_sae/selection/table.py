@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifact import package_versions, write_text
-from ..errors import ConfigError, MismatchError, suggest
+from ..errors import ConfigError, MismatchError, SelectionError, suggest
 from ..sae.handle import SaeHandle, as_handles
 from ..sae.identity import SaeIdentity
 from ..sae.names import feature_name, parse_feature_name
 from ..statistics.records import Data
 from ..statistics.statistics import FeatureStatistics
+from .escape import in_csv, visible
 from .select import SelectedFeatures, Selection
 from .texts import FeatureExample, read_examples
 from .tokens import TokenEffects, token_effects
@@ -132,7 +133,7 @@ class FeatureTable:
         for row in self.rows:
             cells = _plain(row)
             writer.writerow(
-                {name: json.dumps(cell) if isinstance(cell, list) else cell for name, cell in cells.items()}
+                {name: json.dumps(cell) if isinstance(cell, list) else in_csv(cell) for name, cell in cells.items()}
             )
         return buffer.getvalue()
 
@@ -279,7 +280,10 @@ def _labels(labels: Mapping[str, str], saes: Sequence[SaeIdentity]) -> dict[str,
     for name, label in labels.items():
         place, _, number = (part.strip() for part in name.rpartition(":"))
         if place in places:
-            (exact if place in hooks else found)[feature_name(*parse_feature_name(name, saes))] = label
+            try:
+                (exact if place in hooks else found)[feature_name(*parse_feature_name(name, saes))] = label
+            except SelectionError as error:  # of another SAE at that block, perhaps
+                logger.warning("The label of %s is left out: %s", visible(name), visible(str(error)))
         elif place in sources:
             found.setdefault(f"{sources[place].hook_name}:{number}", label)
     return {**found, **exact}

@@ -22,7 +22,7 @@ from .capture import Capture, capturing
 from .data import Example, ExampleReader, TokenChoice
 from .gradient import GradientCapture, Objective, capturing_gradients
 from .measures import Measures
-from .model import model_description
+from .model import model_description, weights_digest
 from .moments import FeatureMoments
 from .records import Data, iterate_records
 from .share import Share, join
@@ -136,6 +136,12 @@ def collect_statistics(
             **settings,
             "measures": asdict(collection.measures),
         }
+        run |= {"dtype": str(model.dtype), "weights": weights_digest(model, exact=True)}
+        if state is not None and attribute is not None and "<" in str(settings["objective"]):
+            raise ConfigError(
+                f"The objective {settings['objective']!r} is a function without a name of its own, so a state could "
+                "not tell it from another. Define it at the top of a module, or leave the state out."
+            )
         file = StateFile(state, run, share, save_every)
         collection.resume(file)
         with _capturing(model, taps, saes, attribute) as capture:
@@ -251,10 +257,11 @@ class _Collection:
     def _count(self, label: str, batch: Batch) -> None:
         self._counted["examples"][label] += len(batch.ids)
         entries = [self._counted["data"][label]]
-        for row, length, number in zip(
-            batch.ids.tolist(), batch.attention.sum(1).tolist(), batch.numbers.tolist(), strict=True
-        ):
-            entries.append(hashlib.sha256(f"{number}:{row[:length]}".encode()).hexdigest())
+        masks = batch.counted.tolist()
+        lengths, numbers = batch.attention.sum(1).tolist(), batch.numbers.tolist()
+        for row, length, number, mask in zip(batch.ids.tolist(), lengths, numbers, masks, strict=True):
+            entry = f"{number}:{row[:length]}:{mask[:length]}"
+            entries.append(hashlib.sha256(entry.encode()).hexdigest())
             if len(self._texts) < _MOST_TEXTS:
                 self._texts.add(hash(tuple(row[:length])))
         self._counted["data"][label] = add_digests(*entries)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, fields
 
 from ..errors import ConfigError
 
+_MOST = 100_000
+
 
 @dataclass(frozen=True)
 class Measures:
@@ -28,8 +30,8 @@ class Measures:
     def __post_init__(self) -> None:
         for name in ("top_examples", "sample"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ConfigError(f"{name}={value!r} is no number of examples. Use 0 or more.")
+            if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MOST:
+                raise ConfigError(f"{name}={value!r} is no number of examples. Use 0 to {_MOST}.")
 
     def __or__(self, other: Measures) -> Measures:
         """Return everything that either measures."""

@@ -29,20 +29,26 @@ def model_description(model: PreTrainedModel) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def weights_digest(model: PreTrainedModel) -> str | None:
+def weights_digest(model: PreTrainedModel, *, exact: bool = False) -> str | None:
     """Return a SHA-256 over a few values of every parameter, or None where they are not to be had.
 
     The values are rounded to bfloat16, so that a checkpoint has the same digest in float32 and in bfloat16. Quantised,
     offloaded and half-precision (float16) weights have none.
+
+    Args:
+        model: the model.
+        exact: take the values as they are, of any dtype: for a run on the very same weights.
     """
     parameters = [(name, parameter) for name, parameter in model.named_parameters()]
-    if any(p.is_meta or p.dtype not in (torch.float32, torch.bfloat16, torch.float64) for _, p in parameters):
+    comparable = (torch.float32, torch.bfloat16, torch.float64)
+    if any(p.is_meta or (p.dtype not in comparable and not exact) for _, p in parameters):
         return None
     sha = hashlib.sha256()
     for name, parameter in parameters:
         flat = parameter.detach().reshape(-1)
         step = max(1, len(flat) // _SAMPLES)
-        values = flat[::step][:_SAMPLES].to(torch.bfloat16).float().cpu()
+        values = flat[::step][:_SAMPLES]
+        values = values.double().cpu() if exact else values.to(torch.bfloat16).float().cpu()
         sha.update(f"{name}:{tuple(parameter.shape)}:{values.tolist()}".encode())
     return sha.hexdigest()
 

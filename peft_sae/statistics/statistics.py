@@ -13,6 +13,7 @@ from ..artifact import digest, package_versions, read_json, read_tensors, replac
 from ..errors import ArtifactError, DataError, MismatchError
 from ..sae.identity import SaeIdentity
 from .moments import FeatureMoments
+from .sense import problems_of
 
 SCHEMA = "peft_sae.statistics"
 SCHEMA_VERSION = 1
@@ -146,10 +147,13 @@ class FeatureStatistics:
                 for name, header in FeatureMoments.layout(entry, sae.d_sae, _width_in(sae)).items()
             }
             statistics = cls.from_tensors(read_tensors(tensor_file, expected), description)
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, IndexError, RuntimeError) as error:
             if isinstance(error, ArtifactError):
                 raise
             raise ArtifactError(f"'{source}' is malformed ({error!r}). Collect the statistics again.") from error
+        problems = problems_of(statistics)
+        if problems:
+            raise ArtifactError(f"'{source}' makes no sense: {'; '.join(problems)}. Collect the statistics again.")
         if digest(*statistics.to_tensors()) != description.get("digest"):
             raise ArtifactError(
                 f"The content of '{tensor_file.parent}' has not the digest that was written with it: a file was "
@@ -240,7 +244,7 @@ def _checked(sizes: Mapping[str, Any]) -> Mapping[str, Any]:
     """Sizes of one class and SAE from a file, after a check that they are numbers that can be."""
     numbers = [sizes["count"], sizes["examples"], sizes["count_squares"]]
     parts = [number for part in sizes["parts"].values() for number in part.values()]
-    if any(type(number) is not int or number < 0 for number in [*numbers, *parts]) or min(numbers[:2]) < 1:
+    if any(type(n) is not int or not 0 <= n < 2**62 for n in [*numbers, *parts]) or min(numbers[:2]) < 1:
         raise ValueError(f"impossible counts {dict(sizes)}")
     if any(number > _MAX_SIZE for part in sizes["parts"].values() for number in part.values()):
         raise ValueError("impossible sizes")

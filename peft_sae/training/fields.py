@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -46,8 +47,8 @@ def read_fields(kind: type[Any], path: str | Path | None, overrides: Mapping[str
     for key, value in data.items():
         if not _fits(value, hints[key]):
             raise ConfigError(
-                f"Key {key!r} in {place} is {value!r}, and {_wanted(hints[key])} is needed. See configs/ for an "
-                "example."
+                f"Key {key!r} in {place} is {reprlib.repr(value)}, and {_wanted(hints[key])} is needed. See configs/ "
+                "for an example."
             )
     return data
 

@@ -107,5 +107,5 @@ def load_model(name: str | Path, *, dtype: str | None = None, device: str | None
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype or "auto", device_map=device)
         return model, AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, AttributeError, SafetensorError) as error:
         raise ConfigError(f"The model '{name}' cannot be loaded ({error}). Check the path or the id.") from error

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ..artifact import check_target
+from ..artifact import check_target, check_writable
 from ..errors import ConfigError, MismatchError
 from ..sae.handle import SaeHandle
 from ..sae.load import load_saes
@@ -141,6 +141,20 @@ class SelectionJob:
             )
         if self.control is not None and self.control not in CONTROLS:
             raise ConfigError(f"control={self.control!r} is unknown. Choose one of {CONTROLS}.")
+        if self.top_k < 1:
+            raise ConfigError(f"top_k={self.top_k} selects nothing. Use 1 or more.")
+        if bool(self.features) != (self.selector == "explicit"):
+            raise ConfigError(
+                f"features={list(self.features)} and selector={self.selector!r} do not go together: name features for "
+                "the selector 'explicit', and for no other; `keep` chooses some beside it."
+            )
+        if self.statistics is not None:
+            output, statistics = Path(self.output).absolute(), Path(self.statistics).absolute()
+            if output == statistics or output in statistics.parents or statistics in output.parents:
+                raise ConfigError(
+                    f"output={self.output!r} and statistics={self.statistics!r} lie in one another, and each takes a "
+                    "folder of its own. Give two folders."
+                )
         unknown = sorted(set(self.measures) - set(_MEASURES))
         if unknown:
             raise ConfigError(f"measures={unknown} are unknown. Choose among {sorted(_MEASURES)}.")
@@ -218,8 +232,10 @@ def run_selection(job: SelectionJob, *, progress: bool = True) -> SelectionResul
     """
     selector = get_selector(job.selector)
     check_target(job.output, owned=SUBSPACE_FILES)
+    check_writable(job.output)
     if job.statistics is not None:
         check_target(job.statistics, owned=STATISTICS_FILES)
+        check_writable(job.statistics)
     for label, data in job.data.items():
         check_data(data, label)
     kept = None if job.from_statistics is None else FeatureStatistics.from_pretrained(job.from_statistics)

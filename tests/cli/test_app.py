@@ -132,7 +132,7 @@ def test_help_shows_an_example(run, command):
             1,
             "ConfigError: Key 'tokens' in the command is 'some', and 'all' or 'prompt' or",
         ),
-        ((*SELECT, "--top-k", "0"), 1, "SelectionError: top_k=0 selects nothing"),
+        ((*SELECT, "--top-k", "0"), 1, "ConfigError: top_k=0 selects nothing"),
         ((*SELECT, "--preferences", "aligned.jsonl"), 1, "ConfigError: It takes two sets of text"),
         ((*SELECT, "--drop", "1:3"), 1, "SelectionError: '1:3' names an SAE at '1', and there are SAEs at"),
         ((*SELECT, "--control", "sae"), 1, "ConfigError: Key 'control' in the command is 'sae', and 'random' or"),

@@ -262,7 +262,7 @@ def test_state_of_another_run_is_a_config_error_and_stays(run, passes, file, mon
 
 def test_state_of_another_model_is_a_config_error(run, tokenizer, saes, file, monkeypatch):
     _interrupt(run, monkeypatch)
-    with pytest.raises(ConfigError, match=r"differs in \['model'\]"):
+    with pytest.raises(ConfigError, match=r"differs in \['model', 'weights'\]"):
         collect(make_model("qwen2"), tokenizer, DATA, saes, measures=ALL, batch_size=2, state=file)
 
 
