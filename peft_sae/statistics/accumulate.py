@@ -49,9 +49,8 @@ class ClassSums:
         self._squares, self._maximum = self._total.clone(), self._total.clone()
         self._example_squares, self._example_products = self._total.clone(), self._total.clone()
         self._fired = torch.zeros(self._d_sae, dtype=torch.int64, device=self._device)
-        self._bins = torch.zeros(self._d_sae * HISTOGRAM_BINS, dtype=torch.int32, device=self._device)
-        if not measures.histograms:
-            self._bins = self._bins[:0].clone()
+        bins = self._d_sae * HISTOGRAM_BINS if measures.histograms else 0
+        self._bins = torch.zeros(bins, dtype=torch.int32, device=self._device)
         self._raw = RawMoments.empty(int(handle.sae.W_enc.shape[0]), covariance=measures.covariance)
         self._top = _TopSums(self._d_sae, measures.top_examples, self._device)
         self._sample = ExampleSample.empty(measures.sample)

@@ -100,3 +100,11 @@ def test_an_output_that_exists_is_refused_before_anything_is_done(tmp_path):
 
     with pytest.raises(ArtifactError, match="writing there would destroy it"):
         train_adapter(model, make_tokenizer(), ALIGNED, None, tmp_path)
+
+
+def test_every_turn_of_the_assistant_is_learned():
+    turns = [("user", "red"), ("assistant", "sun"), ("user", "sea"), ("assistant", "moon moon")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    (feature,) = encode_examples(make_tokenizer(), [{"messages": messages}], 64)
+    learned = [token for token, label in zip(feature["input_ids"], feature["labels"], strict=True) if label == token]
+    assert learned == [7, 8, 8]
