@@ -196,7 +196,7 @@ def test_features_table_has_a_row_per_feature(subspace):
     assert second["feature"].tolist() == site.features.tolist()
     assert second["score"].tolist() == site.scores.tolist()
     assert second["q_value"].tolist() == site.q_values.tolist()
-    assert len(set(table["q_value"])) > 1
+    assert (table["q_value"] < 1).all()
     assert second["tokens"].tolist() == [list(tokens) for tokens in site.tokens]
     assert table["neuronpedia"].isna().all()
 
