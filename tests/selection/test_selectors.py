@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import sklearn
 import torch
+from packaging.version import Version
 from scipy import stats
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -18,6 +20,8 @@ from peft_sae.statistics.batches import Batch
 from tests.tiny import WIDTH, make_sae
 
 D_SAE = 64
+# The argument's name before and since scikit-learn 1.8.
+LASSO = {"penalty": "l1"} if Version(sklearn.__version__) < Version("1.8") else {"l1_ratio": 1.0}
 EXAMPLES = 40
 PLANTED = [3, 17, 42]
 
@@ -142,7 +146,7 @@ def test_probe_is_scikit_learns_on_the_dense_matrix(handle, streams, dense):
     )
     spread = rows.std(0)
     used = (spread > 0) & ((rows != 0).sum(0) >= 2)
-    model = LogisticRegression(l1_ratio=1.0, solver="liblinear", class_weight="balanced", max_iter=1000, random_state=0)
+    model = LogisticRegression(**LASSO, solver="liblinear", class_weight="balanced", max_iter=1000, random_state=0)
     model.fit(rows[:, used] / spread[used], np.repeat([1, 0], EXAMPLES))
     expected = np.zeros(D_SAE)
     expected[used] = model.coef_[0]
