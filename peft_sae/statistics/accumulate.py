@@ -20,6 +20,8 @@ POOLINGS = ("token", "mean", "max", "last")
 # At most this many feature activations exist at a time. What is done to them costs little while they are in the
 # processor's cache (12 MiB in float32); a GPU wants more to do at once (256 MiB).
 _CHUNK_ELEMENTS = {"cpu": 3 * 2**20, "other": 2**26}
+# With fewer tokens than these a matrix product is slow, whatever the cache gains.
+_LEAST_ROWS = 192
 
 
 class NotFinite(Exception):
@@ -83,7 +85,7 @@ class ClassSums:
         lengths = torch.bincount(rows, minlength=len(batch.ids))
         self._add_raw(chosen, rows, lengths)
         sums = torch.zeros(len(batch.ids) * self._d_sae, dtype=torch.float64, device=self._device)
-        for part in _parts(len(rows), max(1, self._chunk // self._d_sae)):
+        for part in _parts(len(rows), max(_LEAST_ROWS, self._chunk // self._d_sae)):
             # The dense activations have no name, so that those of two chunks do not exist at a time.
             places, ids, values = _entries(
                 self._encode(chosen[part], None if slopes is None else slopes[part]), self._device

@@ -127,6 +127,7 @@ def test_chunks_give_the_same(llama, tokenizer, saes, monkeypatch):
         return encode(handle, activations)
 
     monkeypatch.setitem(accumulate._CHUNK_ELEMENTS, "cpu", 3 * saes[0].identity.d_sae)
+    monkeypatch.setattr(accumulate, "_LEAST_ROWS", 1)
     monkeypatch.setattr(type(saes[0]), "encode", spy)
     _assert_same(_collect(llama, tokenizer, saes), reference)
     assert max(sizes) == 3

@@ -165,6 +165,7 @@ def test_top_examples_are_those_of_a_list_of_all(
 ):
     if rows is not None:
         monkeypatch.setitem(accumulate._CHUNK_ELEMENTS, "cpu", rows * 64)
+        monkeypatch.setattr(accumulate, "_LEAST_ROWS", 1)
     measures = Measures(top_examples=number)
     found = collect(model, tokenizer, {"aligned": TEXTS}, saes, measures=measures, batch_size=batch_size)
     for moments, features in zip(found.of("aligned"), everything, strict=True):

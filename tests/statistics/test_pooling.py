@@ -36,6 +36,7 @@ def test_pooled_statistics_equal_the_dense_oracle(
 ):
     if rows is not None:  # chunks shorter than an example, which also hold parts of two
         monkeypatch.setitem(accumulate._CHUNK_ELEMENTS, "cpu", rows * 64)
+        monkeypatch.setattr(accumulate, "_LEAST_ROWS", 1)
     data = {"aligned": [chat.record for chat in CHATS]}
     statistics = collect(model, tokenizer, data, saes, tokens=tokens, pooling=pooling, batch_size=batch_size)
     for moments, features in zip(statistics.of("aligned"), everything, strict=True):
