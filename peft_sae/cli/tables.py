@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..sae.names import feature_name
 from ..selection import FeatureExample, FeatureRow, FeatureTable
 from ..selection.columns import word
 from ..selection.escape import visible
+from ..selection.table import numbers_of
 from ..subspace import Subspace
 
 _TOKENS = 6
@@ -68,22 +68,11 @@ def print_protected(subspace: Subspace, *, per_site: int = 8, console: Console |
 def _features_of(subspace: Subspace) -> FeatureTable:
     rows = [
         FeatureRow(
-            rank=place + 1,
-            block=site.sae.site.block,
-            hook_name=site.sae.hook_name,
-            sae=site.sae.name,
-            feature=feature,
-            name=feature_name(site.sae, feature),
-            score=float(site.scores[place]),
-            q_value=float(site.q_values[place]),
-            aligned_mean=float(site.aligned_means[place]),
-            unaligned_mean=float(site.unaligned_means[place]),
-            aligned_rate=float(site.aligned_rates[place]),
-            unaligned_rate=float(site.unaligned_rates[place]),
+            **numbers_of(site, place),
             promoted=site.tokens[place],
         )
         for site in subspace.sites
-        for place, feature in enumerate(site.features.tolist())
+        for place in range(len(site.features))
     ]
     return FeatureTable(tuple(rows), subspace.settings)
 

@@ -240,6 +240,30 @@ def _effects(
     return token_effects(directions, model, tokenizer, site.sae.site.kind, count=count)
 
 
+def numbers_of(site: Any, place: int) -> dict[str, Any]:
+    """Return the fields of a row that a chosen feature has by itself, wherever it is kept.
+
+    Args:
+        site: `SelectedFeatures`, or a site of a Subspace, which has the same fields.
+        place: the feature's place in it, from 0.
+    """
+    feature = int(site.features[place])
+    return {
+        "rank": place + 1,
+        "block": site.sae.site.block,
+        "hook_name": site.sae.hook_name,
+        "sae": site.sae.name,
+        "feature": feature,
+        "name": feature_name(site.sae, feature),
+        "score": float(site.scores[place]),
+        "q_value": float(site.q_values[place]),
+        "aligned_mean": float(site.aligned_means[place]),
+        "unaligned_mean": float(site.unaligned_means[place]),
+        "aligned_rate": float(site.aligned_rates[place]),
+        "unaligned_rate": float(site.unaligned_rates[place]),
+    }
+
+
 def _rows(
     site: SelectedFeatures,
     effects: TokenEffects,
@@ -248,18 +272,7 @@ def _rows(
 ) -> list[FeatureRow]:
     return [
         FeatureRow(
-            rank=place + 1,
-            block=site.sae.site.block,
-            hook_name=site.sae.hook_name,
-            sae=site.sae.name,
-            feature=feature,
-            name=feature_name(site.sae, feature),
-            score=float(site.scores[place]),
-            q_value=float(site.q_values[place]),
-            aligned_mean=float(site.aligned_means[place]),
-            unaligned_mean=float(site.unaligned_means[place]),
-            aligned_rate=float(site.aligned_rates[place]),
-            unaligned_rate=float(site.unaligned_rates[place]),
+            **numbers_of(site, place),
             promoted=effects.promoted[place],
             suppressed=effects.suppressed[place],
             examples=examples.get(feature, ()),
