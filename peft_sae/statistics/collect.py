@@ -19,6 +19,7 @@ from ..sae.placement import Tap, check_placement, find_tap
 from .accumulate import POOLINGS, ClassSums, NotFinite, Pooling
 from .batches import Batch, iterate_batches
 from .capture import Capture, capturing
+from .checks import check_counts, check_measures, context_length, prepends_bos
 from .data import Example, ExampleReader, TokenChoice
 from .gradient import GradientCapture, Objective, capturing_gradients
 from .measures import Measures
@@ -117,8 +118,8 @@ def collect_statistics(
         saes = as_handles(saes)
         check_distinct(saes)
         taps = check_placement(model, saes)
-        limit = _context_length(model, max_length)
-        prepend_bos = _prepends_bos(saes)
+        limit = context_length(model, max_length)
+        prepend_bos = prepends_bos(saes)
         settings = {
             "model": model_description(model),
             "tokens": tokens,
@@ -129,7 +130,7 @@ def collect_statistics(
             "prepend_bos": prepend_bos,
         }
         collection = _Collection(saes, settings, measures or Measures(), share, batch_size, progress)
-        _check_measures(collection.measures, pooling, attribute, saes)
+        check_measures(collection.measures, pooling, attribute, saes)
         identities = [handle.identity.to_dict() for handle in saes]
         run = {"labels": list(data), "saes": identities, "batch_size": batch_size, "share": [share.rank, share.world]}
         run |= {
@@ -152,7 +153,7 @@ def collect_statistics(
     except Exception as error:
         own = error
     statistics = join(own, share)
-    _check_counts(statistics, tokens)
+    check_counts(statistics, tokens)
     return statistics
 
 
@@ -314,68 +315,8 @@ _CHANGED = (
 )
 
 
-def _check_counts(statistics: FeatureStatistics, tokens: str) -> None:
-    """Check that there is something in every class."""
-    for label, moments in statistics.moments.items():
-        examples = statistics.settings["examples"][label]
-        if examples == 0:
-            raise DataError(f"The {label} data set is empty, so it cannot be compared. Give at least one text.")
-        if moments[0].count == 0:
-            raise DataError(
-                f"None of the {examples} {label} texts has a token that counts (tokens={tokens!r}; BOS and "
-                "padding never do). Give longer texts or another choice of tokens."
-            )
-
-
-def _check_measures(
-    measures: Measures, pooling: Pooling, attribute: Objective | None, saes: Sequence[SaeHandle]
-) -> None:
-    if attribute is None:
-        return
-    if pooling == "max":
-        raise ConfigError(
-            "pooling='max' takes the largest activation of a text, and attributions have two signs. Use 'mean', 'last' "
-            "or 'token'."
-        )
-    if measures.histograms:
-        raise ConfigError(
-            "Histograms are of activations, which are not negative, and attributions are. Collect them in a run of "
-            "their own."
-        )
-    scaled = [handle.identity.hook_name for handle in saes if handle.sae.cfg.normalize_activations in _AT_RUN_TIME]
-    if scaled:
-        raise ConfigError(
-            f"The SAEs at {scaled} rescale each token's activations, so their decoder rows are not the effect of a "
-            "feature on the stream, and attributions would be wrong. Use another selector."
-        )
-
-
-_AT_RUN_TIME = ("constant_norm_rescale", "layer_norm")
-
-
 def _length(records: Data) -> int | None:
     try:
         return len(records) if isinstance(records, Sized) and not isinstance(records, str) else None
     except TypeError:
         return None
-
-
-def _prepends_bos(saes: Sequence[SaeHandle]) -> bool:
-    wanted = {handle.prepend_bos for handle in saes} - {None}
-    if len(wanted) == 2:
-        without = [handle.identity.hook_name for handle in saes if handle.prepend_bos is False]
-        logger.warning(
-            "Every text begins with BOS here, as some of the SAEs were trained; those at %s were trained without. Use "
-            "SAEs that agree, or collect them apart.",
-            without,
-        )
-    return True in wanted
-
-
-def _context_length(model: PreTrainedModel, max_length: int | None) -> int:
-    limit = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0) or 2**31
-    if max_length is None:
-        return limit
-    if not 2 <= max_length <= limit:
-        raise ConfigError(f"max_length={max_length} is not between 2 and the model's context length {limit}.")
-    return max_length
