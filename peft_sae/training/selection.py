@@ -236,7 +236,10 @@ def run_selection(job: SelectionJob, *, progress: bool = True) -> SelectionResul
     if job.statistics is not None:
         check_target(job.statistics, owned=STATISTICS_FILES)
         check_writable(job.statistics)
-    for label, data in job.data.items():
+    files = dict(job.data)
+    if job.preferences is not None:
+        files |= {"preference": job.preferences}
+    for label, data in files.items():
         check_data(data, label)
     kept = None if job.from_statistics is None else FeatureStatistics.from_pretrained(job.from_statistics)
     device = "cpu" if job.device == "auto" else job.device

@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from peft_sae import FeatureStatistics, Subspace
-from peft_sae.errors import ConfigError, MismatchError, SelectionError
+from peft_sae.errors import ConfigError, DataError, MismatchError, SelectionError
 from peft_sae.statistics import collect
 from peft_sae.training.selection import read_selection, run_selection
 from tests.tiny import ALIGNED, UNALIGNED, make_model, make_sae, make_tokenizer
@@ -151,6 +151,11 @@ def test_names_are_checked_before_the_model_runs(world, monkeypatch):
     monkeypatch.setattr("peft_sae.training.selection.collect_statistics", lambda *_, **__: pytest.fail("ran"))
     with pytest.raises(SelectionError, match="'0:99' names feature 99"):
         _run(**TEXTS, drop=["0:99"])
+
+
+def test_preference_files_are_opened_before_anything_is_loaded(world):
+    with pytest.raises(DataError, match=r"preference data 'nowhere\.jsonl' cannot be opened"):
+        _run(preferences="nowhere.jsonl", model="nowhere")
 
 
 def test_a_contrast_protects_what_it_can_show(world):
