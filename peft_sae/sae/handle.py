@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ import torch
 from ..artifact import digest
 from ..errors import ConfigError, MismatchError
 from ..layout import LOCAL_KINDS, Site
+from .encoding import encode, encode_blocks
 from .identity import SaeIdentity
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ class SaeHandle:
     center_input: bool
     prepend_bos: bool | None
 
-    @torch.no_grad()
     def encode(self, activations: torch.Tensor) -> torch.Tensor:
         """Return the feature activations of `activations` as sae-lens computes them.
 
@@ -53,38 +52,33 @@ class SaeHandle:
         Returns:
             Shape [tokens, d_sae], in the SAE's dtype and on its device.
         """
+        return encode(self.sae, self._prepared(activations))
+
+    def encode_blocks(self, activations: torch.Tensor, elements: int) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """Yield the feature activations block by block, for all features of many tokens in little memory.
+
+        Args:
+            activations: as for `encode`.
+            elements: about how many feature activations a block has.
+
+        Yields:
+            Which tokens, which features, and their activations [tokens of the block, features of the block].
+        """
+        return encode_blocks(self.sae, self._prepared(activations), elements)
+
+    @torch.no_grad()
+    def _prepared(self, activations: torch.Tensor) -> torch.Tensor:
         activations = activations.to(device=self.sae.device)
         if self.center_input:  # before anything is rounded to the SAE's dtype
             activations = activations.to(torch.promote_types(activations.dtype, torch.float32))
             activations = activations - activations.mean(dim=-1, keepdim=True)
-        activations = activations.to(dtype=self.sae.dtype)
-        with _unchanged(self.sae):
-            if self.sae.hook_z_reshaping_mode:
-                # A plain model gives the heads' outputs already side by side, as this SAE wants them inside.
-                self.sae.turn_off_forward_pass_hook_z_reshaping()
-            features: torch.Tensor = self.sae.encode(activations)
-        return features.to_dense() if features.is_sparse else features
+        return activations.to(dtype=self.sae.dtype)
 
     @property
     def decoder(self) -> torch.Tensor:
         """Decoder directions, shape [d_sae, d_in] (the identity's), one row per feature, of any length."""
         decoder: torch.Tensor = self.sae.W_dec
         return decoder.detach()
-
-
-@contextmanager
-def _unchanged(sae: SAE[Any]) -> Iterator[None]:
-    """Undo what encoding stores in the SAE object: its reshaping mode and the norms of the last input."""
-    state = vars(sae)
-    before = dict(state)
-    try:
-        yield
-    finally:  # one by one, so that the object is whole at every moment
-        for name in [name for name in state if name not in before]:
-            del state[name]
-        for name, value in before.items():
-            if state.get(name) is not value:
-                state[name] = value
 
 
 def make_handle(sae: SAE[Any], *, name: str | None = None, neuronpedia_id: str | None = None) -> SaeHandle:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Literal, TypeAlias
 
 import torch
@@ -18,10 +17,8 @@ Pooling: TypeAlias = Literal["token", "mean", "max", "last"]
 POOLINGS = ("token", "mean", "max", "last")
 
 # At most this many feature activations exist at a time. What is done to them costs little while they are in the
-# processor's cache (12 MiB in float32); a GPU wants more to do at once (256 MiB).
-_CHUNK_ELEMENTS = {"cpu": 3 * 2**20, "other": 2**26}
-# With fewer tokens than these a matrix product is slow, whatever the cache gains.
-_LEAST_ROWS = 192
+# processor's cache (8 MiB in float32); a GPU wants more to do at once (256 MiB).
+_CHUNK_ELEMENTS = {"cpu": 2**21, "other": 2**26}
 
 
 class NotFinite(Exception):
@@ -85,13 +82,13 @@ class ClassSums:
         lengths = torch.bincount(rows, minlength=len(batch.ids))
         self._add_raw(chosen, rows, lengths)
         sums = torch.zeros(len(batch.ids) * self._d_sae, dtype=torch.float64, device=self._device)
-        for part in _parts(len(rows), max(_LEAST_ROWS, self._chunk // self._d_sae)):
-            # The dense activations have no name, so that those of two chunks do not exist at a time.
-            places, ids, values = _entries(
-                self._encode(chosen[part], None if slopes is None else slopes[part]), self._device
-            )
+        for part, features, found in self._handle.encode_blocks(chosen, self._chunk):
+            if slopes is not None:
+                found = found * self._along(slopes[part], features)
+            places, ids, values = _entries(found, self._device)
             if not bool(torch.isfinite(values.sum())):
                 raise NotFinite
+            ids += features.start
             owners = rows[part][places]
             if self._pooling == "token":
                 self._observe(ids, values)
@@ -103,30 +100,28 @@ class ClassSums:
         self._end_batch(sums.view(len(batch.ids), self._d_sae), lengths, batch.numbers)
 
     def finish(self) -> FeatureMoments:
-        """Return the sums so far."""
+        """Return the sums so far, which stand until the next `add`: a wide SAE's histograms are too large to copy."""
         sample = sum(self._pending, self._sample)
         return FeatureMoments(
             count=self._count,
             examples=self._examples,
             count_squares=self._count_squares,
-            total=self._total.cpu().clone(),
-            total_squares=self._squares.cpu().clone(),
-            fired=self._fired.cpu().clone(),
-            maximum=self._maximum.cpu().clone(),
-            example_squares=self._example_squares.cpu().clone(),
-            example_products=self._example_products.cpu().clone(),
-            histogram=ActivationHistogram(self._bins.view(self._d_sae, -1).cpu().clone()) if len(self._bins) else None,
+            total=self._total.cpu(),
+            total_squares=self._squares.cpu(),
+            fired=self._fired.cpu(),
+            maximum=self._maximum.cpu(),
+            example_squares=self._example_squares.cpu(),
+            example_products=self._example_products.cpu(),
+            histogram=ActivationHistogram(self._bins.view(self._d_sae, -1).cpu()) if len(self._bins) else None,
             raw=self._raw,
             top=self._top.finish() if self._measures.top_examples else None,
             sample=sample if self._measures.sample else None,
         )
 
-    def _encode(self, activations: torch.Tensor, gradients: torch.Tensor | None) -> torch.Tensor:
-        features = self._handle.encode(activations)
-        if gradients is None:
-            return features
-        decoder = self._handle.decoder
-        return features * (gradients.to(device=decoder.device, dtype=decoder.dtype) @ decoder.T)
+    def _along(self, gradients: torch.Tensor, features: slice) -> torch.Tensor:
+        """Gradients [tokens, d_in] along the features' decoder rows, [tokens, features]."""
+        decoder = self._handle.decoder[features]
+        return gradients.to(device=decoder.device, dtype=decoder.dtype) @ decoder.T
 
     def _observe(self, ids: torch.Tensor, values: torch.Tensor) -> None:
         """Add observations other than zero: feature ids and values, both [entries]."""
@@ -234,14 +229,7 @@ class _TopSums:
 
     def finish(self) -> TopExamples:
         """Return the best so far."""
-        return TopExamples(self._values.float().cpu(), self._examples.cpu().clone(), self._positions.cpu().clone())
-
-
-def _parts(length: int, limit: int) -> Iterator[slice]:
-    """Cut a length into as few parts as the limit allows, all of about the same size: small products are slow."""
-    number = -(-length // limit)
-    for index in range(number):
-        yield slice(index * length // number, (index + 1) * length // number)
+        return TopExamples(self._values.float().cpu(), self._examples.cpu(), self._positions.cpu())
 
 
 def _keep_freed_memory() -> None:
@@ -255,10 +243,10 @@ def _keep_freed_memory() -> None:
 
 def _first_of_pairs(ids: torch.Tensor, examples: torch.Tensor) -> torch.Tensor:
     """Whether each entry is the first with its pair of feature and example."""
-    pairs = torch.unique(torch.stack([ids, examples]), dim=1, return_inverse=True)[1]
-    place = torch.arange(len(ids), device=ids.device)
-    first = torch.full((int(pairs.max()) + 1,), len(ids), device=ids.device).scatter_reduce_(0, pairs, place, "amin")
-    return first[pairs] == place
+    pairs, order = torch.sort(ids * (int(examples.max()) + 2) + examples, stable=True)  # the place of none is -1
+    first = torch.ones_like(pairs, dtype=torch.bool)
+    first[order[1:]] = pairs[1:] != pairs[:-1]
+    return first
 
 
 def _entries(features: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -19,6 +19,8 @@ from peft_sae.statistics.capture import capturing
 from tests.sae.hooked import make_hooked
 from tests.tiny import WIDTH, make_model, make_sae
 
+from .blocks import from_blocks, small_blocks
+
 FAMILIES = ["gpt2", "llama", "gemma2"]
 IDS = torch.tensor([[1, 5, 9, 4, 7, 6], [1, 8, 4, 10, 12, 11]])
 TOLERANCE = 1e-5
@@ -61,7 +63,10 @@ def encode(model, saes):
     handles = [load_saes(sae)[0] for sae in saes]
     with capturing(model, check_placement(model, handles)) as capture:
         found = capture.run(IDS, torch.ones_like(IDS))
-    return [handle.encode(x.flatten(0, 1)).unflatten(0, IDS.shape) for handle, x in zip(handles, found, strict=True)]
+    return [
+        from_blocks(handle, x.flatten(0, 1), 500).unflatten(0, IDS.shape)
+        for handle, x in zip(handles, found, strict=True)
+    ]
 
 
 def cases(kind):
@@ -92,6 +97,11 @@ def make(kind, place, scaling, bias):
             first.turn_off_forward_pass_hook_z_reshaping()
         return sae, lambda x: first.encode((x.reshape(*IDS.shape, -1) - mean) @ matrix)
     return sae, first.encode
+
+
+@pytest.fixture(autouse=True)
+def blocks(monkeypatch):
+    small_blocks(monkeypatch)
 
 
 @pytest.mark.parametrize("kind", AUTOENCODERS + TRANSCODERS)

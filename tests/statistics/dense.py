@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from peft_sae import collect_statistics, load_saes
+from peft_sae.sae import encoding
+from peft_sae.statistics import accumulate
 from tests.tiny import WORDS, make_sae
 
 HOOKS = ("blocks.0.hook_resid_post", "blocks.1.hook_resid_pre")
@@ -53,6 +55,13 @@ def make_chats(count, seed):
 def double_saes(hooks=HOOKS, **options):
     """SAEs in float64, which leave no doubt about which feature fires."""
     return load_saes([make_sae(hook, seed=seed, **options).to(dtype=torch.float64) for seed, hook in enumerate(hooks)])
+
+
+def small_blocks(monkeypatch, rows, features):
+    """Have activations computed for so few tokens and features at a time."""
+    monkeypatch.setattr(encoding, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(encoding, "_LEAST_FEATURES", features)
+    monkeypatch.setitem(accumulate._CHUNK_ELEMENTS, "cpu", rows * features)
 
 
 def collect(model, tokenizer, data, saes, **options):

@@ -8,8 +8,9 @@ import torch
 
 from peft_sae import collect_statistics, load_saes
 from peft_sae.errors import ConfigError, DataError, MismatchError
-from peft_sae.statistics import accumulate
 from tests.tiny import WORDS, make_model, make_sae
+
+from .dense import small_blocks
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"]
 
@@ -117,20 +118,21 @@ def test_order_batch_size_and_kind_of_data_do_not_matter(llama, tokenizer, saes,
         _assert_same(_collect(llama, tokenizer, saes, data, batch_size=batch_size), reference)
 
 
-def test_chunks_give_the_same(llama, tokenizer, saes, monkeypatch):
+def test_blocks_give_the_same(llama, tokenizer, saes, monkeypatch):
     reference = _collect(llama, tokenizer, saes)
-    sizes = []
-    encode = type(saes[0]).encode
+    sizes = set()
+    encode_blocks = type(saes[0]).encode_blocks
 
-    def spy(handle, activations):
-        sizes.append(len(activations))
-        return encode(handle, activations)
+    def spy(handle, activations, elements):
+        for block in encode_blocks(handle, activations, elements):
+            sizes.add(tuple(block[2].shape))
+            yield block
 
-    monkeypatch.setitem(accumulate._CHUNK_ELEMENTS, "cpu", 3 * saes[0].identity.d_sae)
-    monkeypatch.setattr(accumulate, "_LEAST_ROWS", 1)
-    monkeypatch.setattr(type(saes[0]), "encode", spy)
+    small_blocks(monkeypatch, 3, 16)
+    monkeypatch.setattr(type(saes[0]), "encode_blocks", spy)
     _assert_same(_collect(llama, tokenizer, saes), reference)
-    assert max(sizes) == 3
+    assert (3, 16) in sizes
+    assert all(rows <= 3 and features <= 32 for rows, features in sizes)
 
 
 def test_long_texts_are_cut_and_recorded(llama, tokenizer, saes, caplog):

@@ -23,16 +23,6 @@ SHARDS = [
 
 
 @pytest.fixture(scope="module")
-def saes():
-    return double_saes()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model().double()
-
-
-@pytest.fixture(scope="module")
 def shards(model, tokenizer, saes):
     return [collect(model, tokenizer, data, saes, measures=ALL, max_length=9) for data in SHARDS]
 

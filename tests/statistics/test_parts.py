@@ -5,25 +5,14 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from peft_sae.errors import ConfigError
-from peft_sae.statistics import FeatureMoments, Measures, accumulate
+from peft_sae.statistics import FeatureMoments, Measures
 from peft_sae.statistics.accumulate import ClassSums
 from peft_sae.statistics.batches import Batch
 from peft_sae.statistics.parts import HISTOGRAM_BINS, ActivationHistogram, ExampleSample, TopExamples, sample_order
-from tests.tiny import make_model
 
-from .dense import activations, assert_same_parts, collect, double_saes, make_texts, pool
+from .dense import activations, assert_same_parts, collect, make_texts, pool, small_blocks
 
 TEXTS = make_texts(23, 0)
-
-
-@pytest.fixture(scope="module")
-def saes():
-    return double_saes()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model().double()
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +45,10 @@ class _Identity:
         self.identity = type("Identity", (), {"d_sae": width})
         self.sae = type("Sae", (), {"device": "cpu", "W_enc": torch.eye(width)})
 
-    def encode(self, values):
-        return values
+    def encode_blocks(self, values, elements):
+        for start in range(0, len(values), max(1, elements // values.shape[1])):
+            rows = slice(start, start + max(1, elements // values.shape[1]))
+            yield rows, slice(0, values.shape[1]), values[rows]
 
 
 def _sum_up(values, pooling):
@@ -164,8 +155,7 @@ def test_top_examples_are_those_of_a_list_of_all(
     model, tokenizer, saes, everything, number, batch_size, rows, monkeypatch
 ):
     if rows is not None:
-        monkeypatch.setitem(accumulate._CHUNK_ELEMENTS, "cpu", rows * 64)
-        monkeypatch.setattr(accumulate, "_LEAST_ROWS", 1)
+        small_blocks(monkeypatch, rows, 64)
     measures = Measures(top_examples=number)
     found = collect(model, tokenizer, {"aligned": TEXTS}, saes, measures=measures, batch_size=batch_size)
     for moments, features in zip(found.of("aligned"), everything, strict=True):

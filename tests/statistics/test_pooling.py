@@ -3,23 +3,12 @@
 import pytest
 import torch
 
-from peft_sae.statistics import FeatureMoments, accumulate
-from tests.tiny import make_model
+from peft_sae.statistics import FeatureMoments
 
-from .dense import activations, collect, double_saes, make_chats, pool, ratio_standard_error
+from .dense import activations, collect, make_chats, pool, ratio_standard_error, small_blocks
 
 CHATS = make_chats(9, 0)
 POOLINGS = ("token", "mean", "max", "last")
-
-
-@pytest.fixture(scope="module")
-def saes():
-    return double_saes()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return make_model().double()
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +24,7 @@ def test_pooled_statistics_equal_the_dense_oracle(
     model, tokenizer, saes, everything, tokens, pooling, batch_size, rows, monkeypatch
 ):
     if rows is not None:  # chunks shorter than an example, which also hold parts of two
-        monkeypatch.setitem(accumulate._CHUNK_ELEMENTS, "cpu", rows * 64)
-        monkeypatch.setattr(accumulate, "_LEAST_ROWS", 1)
+        small_blocks(monkeypatch, rows, 24)
     data = {"aligned": [chat.record for chat in CHATS]}
     statistics = collect(model, tokenizer, data, saes, tokens=tokens, pooling=pooling, batch_size=batch_size)
     for moments, features in zip(statistics.of("aligned"), everything, strict=True):
