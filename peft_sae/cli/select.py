@@ -104,7 +104,8 @@ def select(
     from ..selection.labels import fetch_labels as ask_neuronpedia
     from ..selection.labels import read_labels
     from ..selection.table import check_suffix, describe_features
-    from ..training.selection import SelectionJob, read_selection, run_selection
+    from ..training.selection import SelectionJob, read_selection
+    from ..training.selection_run import run_selection
     from .tables import print_features
 
     given = {name: value for name, value in locals().items() if name in SelectionJob.__dataclass_fields__}

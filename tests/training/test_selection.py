@@ -10,7 +10,8 @@ import yaml
 from peft_sae import FeatureStatistics, Subspace
 from peft_sae.errors import ConfigError, DataError, MismatchError, SelectionError
 from peft_sae.statistics import collect
-from peft_sae.training.selection import read_selection, run_selection
+from peft_sae.training.selection import read_selection
+from peft_sae.training.selection_run import run_selection
 from tests.tiny import ALIGNED, UNALIGNED, make_model, make_sae, make_tokenizer
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "selection").glob("*.yaml"))
@@ -148,7 +149,7 @@ def test_statistics_can_be_kept_for_every_selector(world):
 
 
 def test_names_are_checked_before_the_model_runs(world, monkeypatch):
-    monkeypatch.setattr("peft_sae.training.selection.collect_statistics", lambda *_, **__: pytest.fail("ran"))
+    monkeypatch.setattr("peft_sae.training.selection_run.collect_statistics", lambda *_, **__: pytest.fail("ran"))
     with pytest.raises(SelectionError, match="'0:99' names feature 99"):
         _run(**TEXTS, drop=["0:99"])
 
