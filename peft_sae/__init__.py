@@ -12,6 +12,7 @@ from .tuner import SaeSubspaceConfig, SaeSubspaceModel
 
 if TYPE_CHECKING:
     from .export import export_lora, merge_checkpoint
+    from .inspect import Inspection, inspect_adapter
     from .sae import load_saes
     from .selection import Contrast, Criteria, describe_features, register_selector, select_features
     from .statistics import FeatureStatistics, Measures, collect_statistics
@@ -24,6 +25,7 @@ __all__ = [
     "Contrast",
     "Criteria",
     "FeatureStatistics",
+    "Inspection",
     "Measures",
     "MissingSubspaceWarning",
     "PeftSaeError",
@@ -35,6 +37,7 @@ __all__ = [
     "control_subspace",
     "describe_features",
     "export_lora",
+    "inspect_adapter",
     "load_saes",
     "merge_checkpoint",
     "register_selector",
@@ -46,12 +49,14 @@ _LAZY = {
     "Contrast": ".selection",
     "Criteria": ".selection",
     "FeatureStatistics": ".statistics",
+    "Inspection": ".inspect",
     "Measures": ".statistics",
     "build_subspace": ".subspace.build",
     "collect_statistics": ".statistics",
     "control_subspace": ".subspace.controls",
     "describe_features": ".selection",
     "export_lora": ".export",
+    "inspect_adapter": ".inspect",
     "load_saes": ".sae",
     "merge_checkpoint": ".export",
     "register_selector": ".selection",

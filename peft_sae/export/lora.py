@@ -7,10 +7,10 @@ from pathlib import Path
 
 from peft import LoraConfig
 
+from ..adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, read_adapter_weights
 from ..artifact import replace_folder, write_json
 from ..errors import ConfigError
 from ..tuner import SaeSubspaceConfig
-from .adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, read_adapter_weights
 
 PROVENANCE_FILE = "sae_subspace.json"
 

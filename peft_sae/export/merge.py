@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from ..adapter import read_adapter_config, read_adapter_weights
 from ..artifact import check_target, replace_folder
+from ..checkpoint import model_class
 from ..errors import ArtifactError, ConfigError, MismatchError
-from .adapter import read_adapter_config, read_adapter_weights
 
 if TYPE_CHECKING:
     import torch
@@ -93,12 +94,7 @@ def _load_base(base: str | Path, dtype: str | torch.dtype | None) -> Any:
 
     try:
         config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
-        name = (config.architectures or [""])[0]
-        # The class that wrote the checkpoint, so that a classifier keeps its head.
-        model_cls: Any = getattr(transformers, str(name), None)
-        if not (isinstance(model_cls, type) and issubclass(model_cls, transformers.PreTrainedModel)):
-            model_cls = transformers.AutoModelForCausalLM
-        return model_cls.from_pretrained(base, dtype=dtype or "auto", trust_remote_code=False)
+        return model_class(config).from_pretrained(base, dtype=dtype or "auto", trust_remote_code=False)
     except (OSError, ValueError, SafetensorError) as error:
         raise ArtifactError(f"The base model '{base}' cannot be loaded ({error}). Check the path or the id.") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -14,6 +14,15 @@ if TYPE_CHECKING:
 
 # Singular values below this share of the largest are rounding, not directions.
 _RANK_TOLERANCE = 1e-5
+
+
+class HasSae(Protocol):
+    """What belongs to one SAE and so has a place in the model."""
+
+    @property
+    def sae(self) -> SaeIdentity:
+        """The SAE."""
+        ...
 
 
 @dataclass(frozen=True)

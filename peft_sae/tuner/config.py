@@ -194,7 +194,7 @@ class SaeSubspaceConfig(LoraConfig):
             **kwargs: as in PEFT.
         """
         plain = self
-        subspace = self._subspace_to_save()
+        subspace = self.own_subspace()
         if subspace is not None:
             subspace.save_pretrained(Path(save_directory) / SUBSPACE_FOLDER)
             plain = copy.copy(self)
@@ -245,8 +245,8 @@ class SaeSubspaceConfig(LoraConfig):
         self.rank_pattern = {name: rank for name, rank in pattern.items() if name not in modules}
         self.r = "auto"
 
-    def _subspace_to_save(self) -> Subspace | None:
-        """The Subspace that goes along with an adapter; a mere path in a config stays a path."""
+    def own_subspace(self) -> Subspace | None:
+        """Return the Subspace that goes along with an adapter, if it is there; a mere path in a config stays a path."""
         if isinstance(self.subspace, Subspace):
             return self.subspace
         used: Subspace | None = getattr(self, "_used_subspace", None)

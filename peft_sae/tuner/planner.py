@@ -9,17 +9,16 @@ from dataclasses import replace
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, MismatchError
-from ..layout import BlockLayout, ModuleRole
+from ..layout import ModuleRole
 from ..subspace import Subspace, SubspaceSite
 from .basis import fill_rows, orthonormal_rows, through_norm, without_part
 from .config import SaeSubspaceConfig
 from .module_plan import ModulePlan, asked_rank
 from .norms import NormGains
 from .protection import Protection
-from .sites import Place, nearest_site, own_sites, sites_of_role, width_of
+from .sites import Locator, width_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,14 @@ class Planner:
         self._config = config
         self._model = model
         self._subspace = subspace
-        self._layout: BlockLayout = subspace.layout
+        self._locator = Locator(
+            subspace.layout,
+            int(subspace.model.get("num_hidden_layers", 0)),
+            subspace.sites,
+            model_type=str(getattr(getattr(model, "config", None), "model_type", type(model).__name__)),
+            sides=config.sides,
+            layer_map=config.layer_map,
+        )
         self._norms = NormGains(model)
         self._protection = Protection(config, model, subspace, self._norms)
         self._rows: dict[tuple[str, str, str | None], torch.Tensor] = {}
@@ -95,8 +101,8 @@ class Planner:
     def _plan_module(self, name: str, module: nn.Module) -> ModulePlan | None:
         if isinstance(module, BaseTunerLayer):
             module = module.get_base_layer()
-        place = self._place(name)
-        role, site = self._find_site(name, module, place)
+        place = self._locator.place(name)
+        role, site = self._locator.find(name, module, place)
         if role is not None and site is None:
             return None
         unseen = self._protection.of_module(name, module, place)
@@ -143,55 +149,6 @@ class Planner:
                 "rank_pattern, or set r to a number."
             )
         return ModulePlan(side="none", rank=rank)
-
-    def _place(self, name: str) -> Place:
-        depth = int(self._subspace.model.get("num_hidden_layers", 0))
-        head = self._layout.locate_head(name)
-        if head is not None:  # it reads what a block behind the last one would
-            return Place(depth, (ModuleRole("read", "resid_pre", self._layout.final_norm),), head)
-        found = self._layout.locate(name)
-        if found is None:
-            return Place(depth, (), None)
-        path, block, rest = found
-        return Place(block, self._layout.roles.get(rest, ()), f"{path}." if path else "", rest)
-
-    def _find_site(self, name: str, module: nn.Module, place: Place) -> tuple[ModuleRole | None, SubspaceSite | None]:
-        """The module's role, None for plain LoRA, and its site, None if it is to be left alone."""
-        given = self._given_side(name)
-        if given == "none" or (not isinstance(module, (nn.Linear, Conv1D)) and not hasattr(module, "in_features")):
-            return None, None
-        roles = place.roles
-        if given is not None:
-            roles = tuple(role for role in roles if role.side == given) or (_default_role(given),)
-        if not roles:
-            raise ConfigError(
-                f"Target {name!r} is not known to read or to write the residual stream in {self._model_type()}, so "
-                f"its basis has no place. Say which with sides={{{name.split('.')[-1]!r}: 'read'}} ('write', or 'none' "
-                "for plain LoRA), or do not target it."
-            )
-        if not self._subspace.sites:  # LoRA that keeps away from protected features
-            return None, None
-        for role in roles:
-            candidates = sites_of_role(self._subspace.sites, role, place.block)
-            if candidates and self._config.layer_map == "exact":
-                candidates = own_sites(candidates, role, place.block)
-                return role, nearest_site(candidates, role, place.block) if candidates else None
-            if candidates:
-                return role, nearest_site(candidates, role, place.block)
-        kinds = sorted({site.sae.site.kind for site in self._subspace.sites})
-        raise MismatchError(
-            f"Target {name!r} can get no basis from SAEs at {kinds} alone: it {roles[0].side}s {roles[0].site}. "
-            "Target other modules, or build the Subspace from SAEs of the residual stream."
-        )
-
-    def _given_side(self, name: str) -> str | None:
-        for key, side in (self._config.sides or {}).items():
-            if name == key or name.endswith(f".{key}"):
-                return side
-        return None
-
-    def _model_type(self) -> str:
-        return str(getattr(getattr(self._model, "config", None), "model_type", type(self._model).__name__))
 
     def _module_rows(self, site: SubspaceSite, role: ModuleRole, norm_name: str | None) -> torch.Tensor:
         key = (site.sae.hook_name, role.side, norm_name)
@@ -269,9 +226,3 @@ class Planner:
 def _is_on_meta(module: nn.Module) -> bool:
     parameter = next(module.parameters(), None)
     return parameter is not None and parameter.is_meta
-
-
-def _default_role(side: str) -> ModuleRole:
-    if side == "write":
-        return ModuleRole(side="write", site="resid_post")
-    return ModuleRole(side="read", site="resid_pre")

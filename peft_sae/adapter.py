@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..errors import ArtifactError
+from .errors import ArtifactError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

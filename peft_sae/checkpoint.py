@@ -1,0 +1,78 @@
+"""Checkpoints of base models, read tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import ArtifactError, ConfigError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def model_class(config: Any) -> Any:
+    """The class that wrote a checkpoint, so that a classifier keeps its head; a causal language model if unknown."""
+    import transformers
+
+    name = (config.architectures or [""])[0]
+    found = getattr(transformers, str(name), None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    return transformers.AutoModelForCausalLM
+
+
+def tensor_files(base: str | Path) -> dict[str, Path]:
+    """Return the file of every tensor of a checkpoint.
+
+    Args:
+        base: folder, or Hub id whose files are in the local cache.
+
+    Raises:
+        ArtifactError: it has no weights in safetensors, or some of its files are missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    index = _find(base, _INDEX)
+    try:
+        if index is not None:
+            entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = {str(file) for file in entries.values()}
+            if any(Path(name).name != name for name in names):
+                raise ArtifactError(f"'{index}' names files outside its folder. Get the checkpoint again.")
+            places = {name: _find(base, name) for name in names}
+            if None in places.values():
+                gone = sorted(name for name, place in places.items() if place is None)
+                raise ArtifactError(f"'{base}' lacks {gone[0]!r}, which its index names. Get the checkpoint again.")
+            return {str(key): places[file] for key, file in entries.items()}  # type: ignore[misc]
+        single = _find(base, _SINGLE)
+        if single is not None:
+            with safe_open(single, framework="pt") as file:
+                return dict.fromkeys(file.keys(), single)
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(f"The weights of '{base}' cannot be read ({error}). Get the checkpoint again.") from error
+    raise ArtifactError(
+        f"'{base}' has neither {_SINGLE} nor {_INDEX} at hand, so its norms cannot be read. Give the loaded model with "
+        "model=..., or the folder of its checkpoint."
+    )
+
+
+def _find(base: str | Path, name: str) -> Path | None:
+    folder = Path(base)
+    if folder.is_dir():
+        return folder / name if (folder / name).is_file() else None
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(
+            str(base), name, local_files_only=name != _INDEX, _raise_exceptions_for_missing_entries=False
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"The base model '{base}' is no folder, and its files are not in the cache ({error}). Give the loaded "
+            "model or its folder with model=..."
+        ) from error
+    return None if found is None else Path(found)

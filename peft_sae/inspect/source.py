@@ -1,0 +1,187 @@
+"""The updates of an adapter, from its folder or from a model in memory."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
+
+from ..adapter import read_adapter_config, read_adapter_weights
+from ..artifact import digest
+from ..errors import ArtifactError, ConfigError
+from ..subspace import Subspace
+from ..tuner import SaeSubspaceConfig
+from .update import LowRankUpdate
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.+)\.lora_(A|B)(?:\.weight)?")
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterSource:
+    """An adapter as it is inspected.
+
+    Attributes:
+        name: its folder, or its name in the model.
+        config: its configuration.
+        updates: one per adapted module, in the order of the modules' names.
+        subspace: the Subspace that it was built from; None if there is none.
+        digest: SHA-256 of its weights.
+        left_out: what of it is not measured: module name to reason.
+        trainer_state: the log of the `Trainer` that saved it, if it lies beside it.
+    """
+
+    name: str
+    config: Any
+    updates: tuple[LowRankUpdate, ...]
+    subspace: Subspace | None
+    digest: str
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    trainer_state: tuple[Mapping[str, Any], ...] = ()
+
+
+def source_of_folder(adapter: str | Path) -> AdapterSource:
+    """Read an adapter, ours or a plain LoRA, from its folder.
+
+    Raises:
+        ArtifactError: it is no adapter, incomplete, damaged, or of another type.
+        ConfigError: its configuration cannot be used.
+    """
+    folder = Path(adapter)
+    read_adapter_config(folder)
+    weights = read_adapter_weights(folder)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (TypeError, ValueError, KeyError, OSError) as error:
+        if isinstance(error, (ConfigError, ArtifactError)):
+            raise
+        raise ArtifactError(f"The configuration in '{folder}' cannot be used ({error}). Save it again.") from error
+    subspace = Subspace.from_pretrained(folder) if (folder / "subspace").is_dir() else None
+    record = getattr(config, "basis_record", None)
+    if subspace is not None and record is not None and record["digest"] not in (None, subspace.digest):
+        raise ArtifactError(
+            f"The Subspace in '{folder}' has the digest {subspace.digest[:12]}..., and the adapter was built from "
+            f"{record['digest'][:12]}.... Put its own Subspace back."
+        )
+    updates, left_out = _updates_of_tensors(weights, config, folder)
+    return AdapterSource(str(folder), config, updates, subspace, digest(weights), left_out, _read_trainer_state(folder))
+
+
+def source_of_model(model: PeftModel, adapter_name: str | None = None) -> AdapterSource:
+    """Take an adapter as it stands in a model, for example in training.
+
+    Args:
+        model: the model with the adapter.
+        adapter_name: which one; by default the active one.
+
+    Raises:
+        ConfigError: it has no such adapter, or one of another type.
+    """
+    name = adapter_name or model.active_adapter
+    config = model.peft_config.get(name) if isinstance(name, str) else None
+    if config is None or str(getattr(config.peft_type, "value", config.peft_type)) not in ("SAE_SUBSPACE", "LORA"):
+        raise ConfigError(
+            f"The model has no adapter {name!r} of the type SAE_SUBSPACE or LORA; it has {sorted(model.peft_config)}. "
+            "Give the name of one."
+        )
+    base = model.get_base_model()
+    updates, left_out = [], {}
+    for module_name, module in base.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        if name in module.lora_A:
+            a, b = (factors[name].weight.detach() for factors in (module.lora_A, module.lora_B))
+            reason = _why_left_out(a, b)
+            if reason is None:
+                updates.append(LowRankUpdate(module_name, _double(a), _double(b), float(module.scaling[name])))
+            else:
+                left_out[module_name] = reason
+        elif name in module.lora_embedding_A:
+            left_out[module_name] = _EMBEDDING
+    subspace = config.own_subspace() if isinstance(config, SaeSubspaceConfig) else None
+    factors = {f"{update.name}.{key}": getattr(update, key) for update in updates for key in ("a", "b")}
+    updates.sort(key=lambda update: _natural(update.name))
+    return AdapterSource(name, config, tuple(updates), subspace, digest(factors), left_out)
+
+
+_EMBEDDING = "an embedding reads token ids, not activations"
+
+
+def _updates_of_tensors(
+    weights: Mapping[str, torch.Tensor], config: Any, folder: Path
+) -> tuple[tuple[LowRankUpdate, ...], dict[str, str]]:
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    left_out: dict[str, str] = {}
+    for key, tensor in weights.items():
+        name = key.removeprefix(_PREFIX)
+        match = _FACTOR.fullmatch(name)
+        if match is not None:
+            pairs.setdefault(match[1], {})[match[2]] = tensor
+        elif ".lora_embedding_" in name:
+            left_out[name.split(".lora_embedding_")[0]] = _EMBEDDING
+        elif "lora_magnitude_vector" in name:
+            left_out[name] = "DoRA's magnitudes rescale the whole weight; measured is the low-rank part"
+        elif ".lora_" in name:
+            left_out[name] = "not one of the two factors"
+        else:
+            left_out[name] = "trained as a whole (modules_to_save)"
+    updates = []
+    for name, pair in sorted(pairs.items(), key=lambda item: _natural(item[0])):
+        if set(pair) != {"A", "B"}:
+            raise ArtifactError(
+                f"'{folder}' has only one of the two factors of {name!r}, so its update is not known. Save it again."
+            )
+        reason = _why_left_out(pair["A"], pair["B"])
+        if reason is not None:
+            left_out[name] = reason
+            continue
+        if pair["A"].shape[0] != pair["B"].shape[1]:
+            raise ArtifactError(
+                f"'{folder}' has factors of {name!r} of the shapes {tuple(pair['A'].shape)} and "
+                f"{tuple(pair['B'].shape)}, which do not belong together. Save it again."
+            )
+        a, b = _double(pair["A"]), _double(pair["B"])
+        updates.append(LowRankUpdate(name, a, b, _scaling(config, name, int(a.shape[0]))))
+    return tuple(updates), left_out
+
+
+def _why_left_out(a: torch.Tensor, b: torch.Tensor) -> str | None:
+    if a.ndim != 2 or b.ndim != 2:
+        return "a convolution: its update is no matrix"
+    return None
+
+
+def _scaling(config: Any, name: str, rank: int) -> float:
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
+    return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
+
+
+def _double(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().double()
+
+
+def _natural(name: str) -> list[Any]:
+    """Block 10 behind block 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _read_trainer_state(folder: Path) -> tuple[Mapping[str, Any], ...]:
+    import json
+
+    for place in (folder, folder.parent):
+        path = place / "trainer_state.json"
+        try:
+            history = json.loads(path.read_text(encoding="utf-8")).get("log_history", [])
+        except (OSError, ValueError, AttributeError, RecursionError):
+            continue
+        if isinstance(history, list):
+            return tuple(entry for entry in history if isinstance(entry, dict))
+    return ()
