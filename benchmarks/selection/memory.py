@@ -1,4 +1,4 @@
-"""Collect statistics once and print the peak of this process' resident memory.
+"""Collect statistics once and print the peak of this process' resident memory (Linux).
 
 `run.py` starts it, as `python -m benchmarks.selection.memory defaults|all TIMES`.
 """
@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -32,8 +32,13 @@ def main() -> None:
     collect_statistics(model, tokenizer, {"aligned": longest}, saes, measures=measures, progress=False)
     texts = Texts(_TEXTS * times, _LENGTHS, seed=5)
     found = collect_statistics(model, tokenizer, {"aligned": texts}, saes, measures=measures, progress=False)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"tokens": found.of("aligned")[0].count, "bytes": peak}))
+    print(json.dumps({"tokens": found.of("aligned")[0].count, "bytes": _peak()}))
+
+
+def _peak() -> int:
+    """Bytes. What `getrusage` says of a process includes what the one that started it had taken."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) * 1024
 
 
 if __name__ == "__main__":
