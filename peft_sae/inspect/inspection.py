@@ -16,11 +16,13 @@ from ..checkpoint import model_class
 from ..errors import ArtifactError, ConfigError
 from ..layout import BlockLayout
 from ..sae.handle import SaeHandle, as_handles, check_distinct
+from ..sae.identity import SaeIdentity
 from ..sae.names import feature_name
 from ..sae.placement import find_layout
 from ..statistics.checks import context_length, prepends_bos
 from ..statistics.data import ExampleReader, TokenChoice
 from ..statistics.records import Data, check_data
+from ..subspace import Subspace
 from .activations import AFTER, activation_table, compare_activations
 from .adapted import with_adapter
 from .base import open_skeleton
@@ -261,11 +263,15 @@ def _provenance(source: AdapterSource, base: Any, handles: Sequence[SaeHandle]) 
             "freeze_basis": config.freeze_basis,
             "norm_gain": config.norm_gain,
             "layer_map": config.layer_map,
-            "saes": [site.sae.to_dict() for site in (*subspace.sites, *subspace.protected)],
+            "saes": [sae.to_dict() for sae in _saes_of(subspace)],
         }
     if handles:
         found["saes"] = [handle.identity.to_dict() for handle in handles]
     return found
+
+
+def _saes_of(subspace: Subspace) -> list[SaeIdentity]:
+    return [*(site.sae for site in subspace.sites), *(site.sae for site in subspace.protected)]
 
 
 def _summary(source: AdapterSource, modules: pd.DataFrame) -> dict[str, Any]:

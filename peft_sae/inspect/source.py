@@ -100,6 +100,11 @@ def source_of_model(model: PeftModel, adapter_name: str | None = None) -> Adapte
         if name in module.lora_A:
             a, b = (factors[name].weight.detach() for factors in (module.lora_A, module.lora_B))
             reason = _why_left_out(a, b)
+            if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
+                raise ConfigError(
+                    f"The factors of {module_name!r} hold NaN or infinity, so there is nothing to measure: the "
+                    "training diverged. Go back to an earlier checkpoint, or use a lower learning rate."
+                )
             if reason is None:
                 updates.append(LowRankUpdate(module_name, _double(a), _double(b), float(module.scaling[name])))
             else:

@@ -97,10 +97,6 @@ def principal_angles(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """
     if len(first) > len(second):
         first, second = second, first
-    product = first @ second.T
-    left, cosines, _ = torch.linalg.svd(product, full_matrices=False)
-    cosines = cosines[: len(first)].clamp(0, 1)
-    turned = left.T @ first
-    sines = (turned - (turned @ second.T) @ second).norm(dim=1).clamp(0, 1)
-    angles = torch.where(cosines > 0.5**0.5, torch.asin(sines), torch.acos(cosines))
-    return torch.rad2deg(angles).sort().values
+    cosines = torch.linalg.svdvals(first @ second.T).clamp(0, 1)
+    sines = torch.linalg.svdvals(first - (first @ second.T) @ second).flip(0).clamp(0, 1)
+    return torch.rad2deg(torch.where(cosines > 0.5**0.5, torch.asin(sines), torch.acos(cosines)))

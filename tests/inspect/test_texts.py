@@ -1,0 +1,210 @@
+"""What the adapter does to texts, against plain forward passes of the merged model."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from peft_sae import inspect_adapter
+from peft_sae.errors import ConfigError, DataError
+from peft_sae.inspect import language
+from tests.tiny import make_model, make_tokenizer
+
+from .dense import train
+
+TEXTS = [
+    "red green blue sun moon",
+    "sea hill",
+    "tree bird fish stone sky red",
+    "moon sea sea hill tree",
+    "sky",
+    "sun sun",
+]
+QUIET = {"progress": False, "batch_size": 4}
+
+
+def _merged(trained):
+    return copy.deepcopy(trained.model).merge_and_unload().double()
+
+
+def _base(trained):
+    return AutoModelForCausalLM.from_pretrained(trained.base).double()
+
+
+def _log_probabilities(model, ids):
+    with torch.no_grad():
+        return torch.log_softmax(model(torch.tensor([ids])).logits[0], dim=-1)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "phi3", "opt"])
+@pytest.mark.parametrize("logits", [7, 2**22])
+def test_loss_and_divergence_are_those_of_the_merged_model(tmp_path, family, logits, monkeypatch):
+    monkeypatch.setitem(language._LOGITS, "cpu", logits)
+    changes = {"final_logit_softcapping": 5.0} if family == "gemma2" else {}
+    trained = train(tmp_path, family)
+    if changes:
+        config = json.loads((trained.base / "config.json").read_text())
+        (trained.base / "config.json").write_text(json.dumps({**config, **changes}))
+        trained.model.get_base_model().config.final_logit_softcapping = 5.0
+    found = inspect_adapter(trained.adapter, data=TEXTS, **QUIET)
+    base, merged, tokenizer = _base(trained), _merged(trained), make_tokenizer()
+    rows = {}
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        before, after = _log_probabilities(base, ids), _log_probabilities(merged, ids)
+        for place, token in enumerate(ids[1:], start=1):
+            divergence = (before[place - 1].exp() * (before[place - 1] - after[place - 1])).sum()
+            entry = (-before[place - 1, token], -after[place - 1, token], divergence)
+            rows.setdefault(place, []).append(torch.stack(entry))
+    table = found.positions.set_index("position")
+    assert set(table.index) == set(rows)
+    for place, entries in rows.items():
+        before, after, divergence = torch.stack(entries).mean(0).tolist()
+        assert table.loc[place, "tokens"] == len(entries)
+        assert table.loc[place, "loss_before"] == pytest.approx(before, rel=1e-4)
+        assert table.loc[place, "loss_after"] == pytest.approx(after, rel=1e-4)
+        assert table.loc[place, "kl"] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
+    means = torch.stack([entry for entries in rows.values() for entry in entries]).mean(0).tolist()
+    summary = [found.summary[name] for name in ("loss_before", "loss_after", "kl")]
+    assert summary == pytest.approx(means, rel=1e-3)
+    assert found.summary["loss_change"] == pytest.approx(means[1] - means[0], abs=1e-4)
+    assert found.summary["kl"] > 1e-3
+
+
+def test_logits_that_the_head_does_not_give_are_taken_whole(tmp_path, monkeypatch):
+    """A model that does something behind its head which is not known here."""
+    trained = train(tmp_path)
+    kind = type(trained.model.get_base_model())
+    forward = kind.forward
+
+    def scaled(self, *args, **kwargs):
+        found = forward(self, *args, **kwargs)
+        found.logits = 3 * found.logits
+        return found
+
+    plain = inspect_adapter(trained.model, data=TEXTS, tokenizer=make_tokenizer(), **QUIET)
+    monkeypatch.setattr(kind, "forward", scaled)
+    found = inspect_adapter(trained.model, data=TEXTS, tokenizer=make_tokenizer(), **QUIET)
+    assert abs(found.summary["loss_before"] - plain.summary["loss_before"]) > 0.1
+    base, tokenizer = trained.model, make_tokenizer()
+    with base.disable_adapter():
+        losses = [
+            -_log_probabilities(base, ids)[:-1].gather(1, torch.tensor(ids[1:])[:, None])
+            for ids in (tokenizer(text)["input_ids"] for text in TEXTS)
+        ]
+    assert found.summary["loss_before"] == pytest.approx(float(torch.cat(losses).mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_activations_are_those_of_base_and_merged_model(tmp_path, family):
+    trained = train(tmp_path, family)
+    found = inspect_adapter(trained.adapter, data=TEXTS, saes=trained.saes, others=64, **QUIET)
+    tokenizer, models = make_tokenizer(), (_base(trained), _merged(trained))
+    for number, handle in enumerate(trained.saes):  # both read the stream behind block 0 or 1
+        sums = []
+        for model in models:
+            with torch.no_grad():
+                states = [
+                    model(torch.tensor([tokenizer(text)["input_ids"]]), output_hidden_states=True).hidden_states
+                    for text in TEXTS
+                ]
+            place = 1 if number == 0 else 2
+            sums.append(handle.encode(torch.cat([state[place][0, 1:] for state in states]).float()).double())
+        table = found.activations[found.activations["hook_name"] == handle.identity.hook_name].set_index("feature")
+        before, after = (one.mean(0) for one in sums)
+        for feature in table.index:
+            row = table.loc[feature]
+            assert row["mean_before"] == pytest.approx(float(before[feature]), rel=1e-4, abs=1e-5)
+            assert row["mean_after"] == pytest.approx(float(after[feature]), rel=1e-4, abs=1e-5)
+            assert row["change"] == pytest.approx(row["mean_after"] - row["mean_before"])
+            assert row["rate_after"] == pytest.approx(float((sums[1][:, feature] > 0).double().mean()), abs=0.06)
+        silent = ((after - before) == 0).nonzero().squeeze(1).tolist()
+        assert set(range(64)) - set(table.index) <= set(silent)
+        for feature in table.index[:5]:
+            for example in table.loc[feature, "examples"]:
+                assert f"{example.before}{example.token}{example.after}".strip("…") in TEXTS[example.number]
+    changes = found.activations["change"].abs()
+    assert changes.is_monotonic_decreasing
+    assert changes.max() > 0.05
+    json.loads(found.to_json())
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_as_it_was(tmp_path, in_memory, fails, monkeypatch):
+    trained = train(tmp_path)
+    model = trained.model if in_memory else make_model()
+    model.train()
+    model.get_submodule("base_model.model.model.layers.1" if in_memory else "model.layers.1").eval()
+    next(model.parameters()).requires_grad_(False)
+    if fails:
+        monkeypatch.setattr("peft_sae.inspect.inspection.compare_activations", lambda *_, **__: 1 / 0)
+
+    def state():
+        return (
+            {name: id(module) for name, module in model.named_modules()},
+            {name: module.training for name, module in model.named_modules()},
+            {name: (id(value), value.requires_grad, value._version) for name, value in model.named_parameters()},
+            {
+                name: len(module._forward_hooks) + len(module._forward_pre_hooks)
+                for name, module in model.named_modules()
+            },
+            set(vars(model)),
+            model.active_adapters if in_memory else None,
+        )
+
+    before = state()
+    options = {"data": TEXTS, "saes": trained.saes, "tokenizer": make_tokenizer(), **QUIET}
+    if fails:
+        with pytest.raises(ZeroDivisionError):
+            inspect_adapter(model if in_memory else trained.adapter, None if in_memory else model, **options)
+    else:
+        found = inspect_adapter(model if in_memory else trained.adapter, None if in_memory else model, **options)
+        assert found.summary["kl"] > 0
+    assert state() == before
+
+
+def test_data_may_be_given_once(tmp_path):
+    trained = train(tmp_path)
+    first = inspect_adapter(trained.adapter, data=TEXTS, saes=trained.saes, **QUIET)
+    second = inspect_adapter(trained.adapter, data=iter(TEXTS), saes=trained.saes, **QUIET)
+    assert first.activations["change"].tolist() == second.activations["change"].tolist()
+    assert first.provenance["data"] == second.provenance["data"]
+
+
+def test_answers_alone_can_count(tmp_path):
+    trained = train(tmp_path)
+    data = [{"prompt": "red green", "completion": " sun moon"}, {"prompt": "sea", "completion": " hill"}]
+    found = inspect_adapter(trained.adapter, data=data, tokens="response", **QUIET)
+    assert found.positions["position"].tolist() == [2, 3, 4]
+    assert found.summary["predicted_tokens"] == 3
+
+
+def test_without_saes_the_notes_say_what_is_missing(tmp_path):
+    found = inspect_adapter(train(tmp_path).adapter, data=TEXTS, **QUIET)
+    assert found.activations is None
+    assert any("No SAEs were given" in note for note in found.notes)
+
+
+def test_texts_without_a_token_to_predict_are_refused(tmp_path):
+    trained = train(tmp_path)
+    with pytest.raises(DataError):
+        inspect_adapter(trained.adapter, data=[""], **QUIET)
+    with pytest.raises(DataError, match="No token"):
+        inspect_adapter(trained.adapter, data=[], **QUIET)
+
+
+def test_factors_that_are_no_numbers_are_told(tmp_path):
+    trained = train(tmp_path)
+    next(p for n, p in trained.model.named_parameters() if "q_proj.lora_B" in n).data.fill_(torch.inf)
+    with pytest.raises(ConfigError, match=r"q_proj' hold NaN or infinity.*diverged"):
+        inspect_adapter(trained.model)
+
+
+def test_logits_that_are_no_numbers_are_told(tmp_path):
+    trained = train(tmp_path)
+    trained.model.get_base_model().model.norm.weight.data.fill_(torch.inf)
+    with pytest.raises(DataError, match=r"logits are NaN"):
+        inspect_adapter(trained.model, data=TEXTS, tokenizer=make_tokenizer(), **QUIET)
