@@ -25,6 +25,12 @@ def read_adapter_config(adapter: str | Path) -> dict[str, Any]:
     """
     folder = Path(adapter)
     path = folder / CONFIG_FILE
+    if not path.is_file() and (folder / "config.json").is_file():
+        raise ArtifactError(
+            f"'{folder}' has a config.json and no {CONFIG_FILE}: it is the checkpoint of a whole model, perhaps one "
+            "that an adapter was merged into, and what was merged cannot be told apart any more. Give the adapter's "
+            "folder."
+        )
     if not path.is_file():
         raise ArtifactError(
             f"'{folder}' has no {CONFIG_FILE}, so it is no adapter. Give the folder that `save_pretrained` wrote."

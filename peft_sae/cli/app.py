@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ..errors import PeftSaeError
 from ..selection.escape import visible
+from .inspect import inspect
 from .select import select
 
 app = typer.Typer(
@@ -64,6 +65,7 @@ def demo(
 
 
 app.command()(select)
+app.command()(inspect)
 
 
 @app.command()

@@ -45,7 +45,7 @@ def print_features(
     for hook_name, rows in table.by_hook().items():
         title = f"{hook_name}: {len(rows)} features"
         title += f", basis of rank {ranks[hook_name]}" if hook_name in ranks else ""
-        console.print(_title(title), _feature_table(rows[:per_site]), sep="\n")
+        console.print(title_text(title), _feature_table(rows[:per_site]), sep="\n")
         if len(rows) > per_site:
             console.print(Text(f"... and {len(rows) - per_site} more", style="dim"))
     if subspace is not None:
@@ -61,7 +61,7 @@ def print_protected(subspace: Subspace, *, per_site: int = 8, console: Console |
         table.add_column("promotes")
         for feature, tokens in list(zip(guarded.features.tolist(), guarded.tokens, strict=True))[:per_site]:
             table.add_row(str(feature), _words(tokens))
-        title = _title(f"{guarded.sae.hook_name}: protected, never read or written")
+        title = title_text(f"{guarded.sae.hook_name}: protected, never read or written")
         console.print(title, table, sep="\n")
 
 
@@ -77,7 +77,8 @@ def _features_of(subspace: Subspace) -> FeatureTable:
     return FeatureTable(tuple(rows), subspace.settings)
 
 
-def _title(text: str) -> Text:
+def title_text(text: str) -> Text:
+    """Return a table's title: what it says is made visible."""
     return Text(visible(text), style="italic")  # a table's own title would be broken to the table's width
 
 
@@ -105,14 +106,15 @@ def _says(row: FeatureRow) -> list[Text]:
     lines += [Text("+ ") + _words(row.promoted)] if row.promoted else []
     lines += [Text("- ") + _words(row.suppressed)] if row.suppressed else []
     best = max(row.examples, key=lambda example: example.activation, default=None)
-    return [*lines, *([_example(best)] if best else [])]
+    return [*lines, *([example_text(best)] if best else [])]
 
 
 def _words(tokens: Sequence[str]) -> Text:
     return Text(" ".join(visible(word(token)) for token in tokens[:_TOKENS]))
 
 
-def _example(example: FeatureExample) -> Text:
+def example_text(example: FeatureExample) -> Text:
+    """Return a text around its most active token, which is bold."""
     before, after = example.before, example.after
     before = before if len(before) <= _CONTEXT else f"…{before[-_CONTEXT:]}"
     after = after if len(after) <= _CONTEXT else f"{after[:_CONTEXT]}…"
