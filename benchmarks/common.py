@@ -16,6 +16,7 @@ from peft_sae.sae.identity import SaeIdentity
 from peft_sae.sae.placement import find_layout
 from peft_sae.subspace import Subspace, SubspaceSite
 from peft_sae.subspace.protected import ProtectedSite
+from peft_sae.subspace.site import principal_basis
 
 
 def make_subspace(
@@ -27,28 +28,36 @@ def make_subspace(
     sites, guards = [], []
     for block in blocks:
         directions = torch.nn.functional.normalize(torch.randn(features, width, generator=generator), dim=1)
-        basis = torch.linalg.qr(directions[:rank].T)[0].T
+        basis, coefficients = principal_basis(directions.double(), 1.0)
         ones = torch.ones(features, dtype=torch.float64)
-        identity = SaeIdentity(f"sae{block}", f"blocks.{block}.hook_resid_post", width, 16384, None, None, "0" * 64)
+        digest = f"{block:064d}"
+        identity = SaeIdentity(f"sae{block}", f"blocks.{block}.hook_resid_post", width, 16384, None, None, digest)
         sites.append(
             SubspaceSite(
                 sae=identity,
                 features=torch.arange(features),
                 scores=ones,
+                q_values=ones,
                 aligned_means=ones,
                 unaligned_means=ones,
                 aligned_rates=ones,
                 unaligned_rates=ones,
                 directions=directions,
-                basis=basis.contiguous(),
-                coefficients=torch.eye(rank, features),
+                basis=basis[:rank].float(),
+                coefficients=coefficients[:rank].float(),
                 tokens=((),) * features,
             )
         )
         if protected:
             kept = torch.nn.functional.normalize(torch.randn(protected, width, generator=generator), dim=1)
             guards.append(ProtectedSite(identity, torch.arange(1000, 1000 + protected), kept, ((),) * protected))
-    description = {"num_hidden_layers": model.config.num_hidden_layers}
+    config = model.config
+    description = {
+        "name": "",
+        "model_type": config.model_type,
+        "hidden_size": width,
+        "num_hidden_layers": config.num_hidden_layers,
+    }
     return Subspace(tuple(sites), find_layout(model), description, {"selector": "random"}, protected=tuple(guards))
 
 
