@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .statistics import FeatureStatistics, Measures, collect_statistics
     from .subspace.build import build_subspace
     from .subspace.controls import control_subspace
+    from .training.callback import SubspaceCallback
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "SaeSubspaceConfig",
     "SaeSubspaceModel",
     "Subspace",
+    "SubspaceCallback",
     "build_subspace",
     "collect_statistics",
     "control_subspace",
@@ -51,6 +53,7 @@ _LAZY = {
     "FeatureStatistics": ".statistics",
     "Inspection": ".inspect",
     "Measures": ".statistics",
+    "SubspaceCallback": ".training.callback",
     "build_subspace": ".subspace.build",
     "collect_statistics": ".statistics",
     "control_subspace": ".subspace.controls",
