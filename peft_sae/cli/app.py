@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from ..errors import PeftSaeError
-from ..selection.escape import visible
+from ..escape import visible
 from .inspect import inspect
 from .select import select
 

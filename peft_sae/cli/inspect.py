@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import ConfigError
+from ..escape import visible
 from ..selection.columns import word
-from ..selection.escape import visible
 from .tables import example_text, title_text
 
 if TYPE_CHECKING:

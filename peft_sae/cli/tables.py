@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..escape import visible
 from ..selection import FeatureExample, FeatureRow, FeatureTable
 from ..selection.columns import word
-from ..selection.escape import visible
 from ..selection.table import numbers_of
 from ..subspace import Subspace
 

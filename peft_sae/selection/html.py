@@ -7,8 +7,8 @@ import hashlib
 import json
 from typing import TYPE_CHECKING
 
+from ..escape import in_address, in_html
 from .columns import EXTRA_HEADS, NUMBERS, Column, known_extras, word
-from .escape import in_address, in_html
 
 if TYPE_CHECKING:
     from .table import FeatureRow, FeatureTable

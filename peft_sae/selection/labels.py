@@ -20,8 +20,8 @@ from typing import Any
 from urllib.parse import quote
 
 from ..errors import ConfigError, DataError, suggest
+from ..escape import visible
 from ..sae.names import feature_name
-from .escape import visible
 from .select import Selection
 
 logger = logging.getLogger(__name__)

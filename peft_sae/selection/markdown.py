@@ -6,8 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..escape import in_address, in_markdown, visible
 from .columns import EXTRA_HEADS, NUMBERS, known_extras, word
-from .escape import in_address, in_markdown, visible
 
 if TYPE_CHECKING:
     from .table import FeatureRow, FeatureTable

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..artifact import package_versions, write_text
 from ..errors import ConfigError, MismatchError, SelectionError, suggest
+from ..escape import in_csv, visible
 from ..sae.handle import SaeHandle, as_handles
 from ..sae.identity import SaeIdentity
 from ..sae.names import feature_name, parse_feature_name
 from ..statistics.records import Data
 from ..statistics.statistics import FeatureStatistics
-from .escape import in_csv, visible
 from .select import SelectedFeatures, Selection
 from .texts import FeatureExample, read_examples
 from .tokens import TokenEffects, token_effects

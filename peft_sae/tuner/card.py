@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -18,25 +19,27 @@ _HINT = """
 _LARGEST = 2**20  # bytes; PEFT's own card has a few thousand
 
 
-def add_hint(folder: str | Path) -> None:
-    """Put the hint under the front matter of the model card that PEFT has written, once.
+def add_hint(folder: str | Path, section: Callable[[str, str], str] | None = None) -> None:
+    """Put the hint under the front matter of the model card that PEFT has written, and a section in it, once.
 
     A card that is not PEFT's is left alone, and one that cannot be written is told: a hint fails no save.
 
     Args:
         folder: the adapter's folder; an adapter with a name lies beneath the folder that has the card.
+        section: takes the card's text and the adapter's name, which is empty where the card lies in the adapter's own
+            folder, and returns the text with the section.
     """
-    for place in (Path(folder), Path(folder).parent):
+    for place, name in ((Path(folder), ""), (Path(folder).parent, Path(folder).name)):
         try:
-            if _add_to(place / "README.md"):
+            if _add_to(place / "README.md", name, section):
                 return
         except (OSError, UnicodeError) as error:
             logger.warning("The model card '%s' does not say how to load the adapter (%s).", place, error)
             return
 
 
-def _add_to(card: Path) -> bool:
-    """Whether it is PEFT's card, which has the hint now."""
+def _add_to(card: Path, name: str, section: Callable[[str, str], str] | None) -> bool:
+    """Whether it is PEFT's card, which has hint and section now."""
     if card.is_symlink() or not card.is_file() or card.stat().st_size > _LARGEST:
         return False
     with card.open(encoding="utf-8", newline="") as file:
@@ -47,12 +50,16 @@ def _add_to(card: Path) -> bool:
     end = stripped.index("---", 1) + 1
     if "library_name: peft" not in stripped[:end]:
         return False
-    body = "".join(lines[end:])
-    if _HINT.strip().splitlines()[0] in body:
+    before = body = "".join(lines[end:])
+    if _HINT.strip().splitlines()[0] not in body:
+        body = _HINT + body.lstrip("\r\n")
+    if section is not None:
+        body = section(body, name)
+    if body == before:
         return True
-    handle, name = tempfile.mkstemp(dir=card.parent, prefix=".README.")
+    handle, scratch = tempfile.mkstemp(dir=card.parent, prefix=".README.")
     with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-        file.write("".join(lines[:end]) + _HINT + body.lstrip("\r\n"))
-    Path(name).chmod(card.stat().st_mode)
-    Path(name).replace(card)
+        file.write("".join(lines[:end]) + body)
+    Path(scratch).chmod(card.stat().st_mode)
+    Path(scratch).replace(card)
     return True

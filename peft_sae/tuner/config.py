@@ -17,6 +17,7 @@ from peft import LoraConfig, PeftType
 from ..errors import ArtifactError, ConfigError, suggest
 from ..subspace import Subspace
 from .card import add_hint
+from .card_section import put_section, subspace_section
 
 logger = logging.getLogger(__name__)
 
@@ -200,7 +201,10 @@ class SaeSubspaceConfig(LoraConfig):
             plain = copy.copy(self)
             plain.subspace = BESIDE
         super(SaeSubspaceConfig, plain).save_pretrained(save_directory, **kwargs)
-        add_hint(save_directory)
+        add_hint(save_directory, None if subspace is None else functools.partial(self._describe, subspace=subspace))
+
+    def _describe(self, card: str, name: str, *, subspace: Subspace) -> str:
+        return put_section(card, subspace_section(self, subspace, name), name)
 
     def remember_subspace(self, subspace: Subspace) -> None:
         """Keep the Subspace that the adapter was built from, so that it can be saved along with it."""
