@@ -133,7 +133,7 @@ def _feature(draw: random.Random, hook: int, index: int, side: str) -> dict:
         "sign": draw.uniform(-0.6, 0.6) if index < 40 else None,
         "top_module": f"model.layers.{hook + draw.randint(-2, 1)}.self_attn.{'q' if side == 'read' else 'v'}_proj",
         "top_share": min(1.0, share * 2.1),
-        "tokens": draw.sample([" cannot", " sorry", " unable", "拒否", " not", "\n", " won", "’t", " refuse"], 5),
+        "tokens": draw.sample([" cannot", " sorry", " unable", "拒否", " not", "\n", " won", "'t", " refuse"], 5),
     }
 
 
@@ -148,7 +148,7 @@ def _activation(draw: random.Random, hook: int, index: int) -> dict:
         "error": 0.05 * before,
         "rate_before": min(1.0, before / 8),
         "rate_after": min(1.0, after / 8),
-        "promoted": [" cannot", " sorry", " unable", " not", " won", "’t", " refuse", " against"],
+        "promoted": [" cannot", " sorry", " unable", " not", " won", "'t", " refuse", " against"],
         "suppressed": [" sure", " Here", " certainly", " step", ":**"],
         "examples": [
             {"label": "adapted", "number": place, "activation": 9.1 - place, "before": said[0], "token": said[1],

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
+from .lines import Point, Rows, position_figures, training_figure
 from .wording import SIDES, count, degrees, number, percent, signed
 
-_LINE_POINTS = 400  # of one line: a page shows no more
 _SERIES = 7  # that shapes and colours tell apart
 _WIDE = 20  # how many times the median the largest value is where a plain scale shows only the largest
-
-Point = list[Any]  # [x, y, lines of the tooltip, far end of a bar or None]
-Rows = list[dict[str, Any]]
 
 
 def figures(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -96,6 +92,8 @@ def activation_figure(activations: Rows) -> dict[str, Any] | None:
     wide = sizes[-1] > _WIDE * sizes[len(sizes) // 2]
     axis = {"kind": "number", "scale": "root" if wide else "linear"}
     said = " Both axes have a square-root scale." if wide else ""
+    up = sum(row["mean_after"] > row["mean_before"] for row in rows)
+    down = sum(row["mean_after"] < row["mean_before"] for row in rows)
     series = []
     for group in dict.fromkeys(["chosen", "protected", *(str(row.get("group")) for row in rows)]):
         points = [
@@ -110,8 +108,7 @@ def activation_figure(activations: Rows) -> dict[str, Any] | None:
         "title": "Activation of the features, before and after",
         "about": "Each mark is a feature: further to the right the more active it is in the base model, further up in "
         f"the adapted one. Above the diagonal it was strengthened, below it weakened.{said}",
-        "alt": f"Scatter plot of {count(len(rows), 'feature')}: {sum(row['mean_after'] > row['mean_before'] for row in rows)} "
-        f"strengthened, {sum(row['mean_after'] < row['mean_before'] for row in rows)} weakened.",
+        "alt": f"Scatter plot of {count(len(rows), 'feature')}: {up} strengthened, {down} weakened.",
         "x": {**axis, "label": "base model: mean activation per token"},
         "y": {**axis, "label": "adapted model: mean activation per token"},
         "diagonal": "no change",
@@ -130,96 +127,6 @@ def _activation_tip(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def position_figures(positions: Rows) -> list[dict[str, Any] | None]:
-    """Return the loss and the divergence by the place of the token."""
-    x = {"label": "place of the token in its text", "kind": "count"}
-    losses = [
-        _line(positions, "position", key, name, "tokens")
-        for key, name in (("loss_before", "base model"), ("loss_after", "adapted model"))
-    ]
-    return [
-        _lines(
-            "loss-by-place",
-            "Next-token loss by place in the text",
-            "Mean loss of the tokens at each place, without and with the adapter. Lower is better predicted.",
-            x,
-            {"label": "loss (nats per token)", "kind": "number"},
-            losses,
-        ),
-        _lines(
-            "kl-by-place",
-            "Divergence by place in the text",
-            "How far the adapted model's predictions are from the base model's at each place "
-            "(Kullback-Leibler). 0 means that they are the same.",
-            x,
-            {"label": "divergence (nats per token)", "kind": "number", "min": 0},
-            [_line(positions, "position", "kl", "divergence", "tokens")],
-        ),
-    ]
-
-
-def training_figure(training: Rows) -> dict[str, Any] | None:
-    """Return the losses that the `Trainer` logged."""
-    return _lines(
-        "training",
-        "Loss in training",
-        "What the Trainer logged while it trained this adapter.",
-        {"label": "step", "kind": "count"},
-        {"label": "loss (nats per token)", "kind": "number"},
-        [
-            _line(training, "step", "loss", "training loss", None),
-            _line(training, "step", "eval_loss", "evaluation loss", None),
-        ],
-    )
-
-
-def _lines(
-    key: str, title: str, about: str, x: dict[str, Any], y: dict[str, Any], series: Sequence[dict[str, Any]]
-) -> dict[str, Any] | None:
-    series = [one for one in series if one["points"]]
-    if not series:
-        return None
-    ends = "; ".join(
-        f"{one['name']} {number(one['points'][0][1])} at first, {number(one['points'][-1][1])} at last"
-        for one in series
-    )
-    thinned = " Several places are drawn as one." if any(one.pop("thinned") for one in series) else ""
-    return {
-        "id": key,
-        "title": title,
-        "about": about + thinned,
-        "alt": f"Line plot: {ends}.",
-        "x": x,
-        "y": y,
-        "line": True,
-        "series": series,
-    }
-
-
-def _line(rows: Rows, x: str, y: str, name: str, weight: str | None) -> dict[str, Any]:
-    """A line with few enough points: where there are more, means of neighbours."""
-    known = sorted(
-        (float(row[x]), float(row[y]), float(row.get(weight) or 0) if weight else 1.0)
-        for row in rows
-        if _is_number(row.get(x)) and _is_number(row.get(y))
-    )
-    step = max(1, math.ceil(len(known) / _LINE_POINTS))
-    points: list[Point] = []
-    for start in range(0, len(known), step):
-        part = known[start : start + step]
-        total = sum(one[2] for one in part) or 1.0
-        value = sum(one[1] * one[2] for one in part) / total if len(part) > 1 else part[0][1]
-        first, last = number(part[0][0], 6), number(part[-1][0], 6)
-        place = f"{x} {first}" if len(part) == 1 else f"{x}s {first} to {last}"
-        tokens = [count(int(total), "token")] if weight else []
-        points.append([part[len(part) // 2][0], value, [name, f"{place}: {number(value, 4)}", *tokens], None])
-    return {"name": name, "points": points, "thinned": step > 1}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _blocks(rows: Rows) -> dict[str, Any]:
     """The axis of the blocks; what belongs to none stands behind the last."""
     axis: dict[str, Any] = {"label": "block of the model", "kind": "count", "min": -0.5, "max": _head(rows) - 0.5}
@@ -233,7 +140,7 @@ def _head(rows: Rows) -> int:
 
 
 def _types(rows: Rows) -> list[tuple[str, str]]:
-    """Kinds of modules, each with its side, in the order of their first rows; rare ones are put together."""
+    """Kinds of modules, each with its side, in the order of their first rows."""
     return list(dict.fromkeys(_type(row) for row in rows))
 
 
@@ -243,19 +150,20 @@ def _type(row: dict[str, Any]) -> tuple[str, str]:
 
 def _x(row: dict[str, Any], rows: Rows, types: list[tuple[str, str]]) -> float:
     """The block, and a little to the side for each kind of module, so that marks do not cover each other."""
-    block = _head(rows) if row.get("block") is None else row["block"]
-    return float(block + 0.64 * ((types.index(_type(row)) + 0.5) / len(types) - 0.5))
+    if row.get("block") is None:
+        return float(_head(rows))
+    return float(row["block"] + 0.64 * ((types.index(_type(row)) + 0.5) / len(types) - 0.5))
 
 
 def _by_type(rows: Rows, point: Callable[[dict[str, Any]], Point]) -> list[dict[str, Any]]:
     types = _types(rows)
     series: dict[tuple[str, str], list[Point]] = {}
     for row in rows:
-        name, side = kind = _type(row)
+        kind = _type(row)
         if types.index(kind) >= _SERIES - 1 and len(types) > _SERIES:
             kind = ("other modules", "")
         y, tip, end = point(row)
-        lines = [f"{row['module']}{f' ({side})' if side else ''}", *tip]
+        lines = [f"{row['module']}{f' ({_type(row)[1]})' if _type(row)[1] else ''}", *tip]
         series.setdefault(kind, []).append([_x(row, rows, types), y, lines, end])
     return [
         {"name": f"{name} ({side})" if side else name, "points": points, "hollow": side == SIDES["write"]}

@@ -27,10 +27,10 @@ _UNSAFE = re.compile("[<>&\u2028\u2029\ud800-\udfff]")
 def html_report(inspection: Inspection) -> str:
     """Return a report as one HTML page that needs nothing beside it, not even a network.
 
-    The page holds the inspection's summary, provenance, notes and tables as JSON in the element `inspection`, from which
-    its script builds tables and plots. The tables `module_features` and `coefficients` are left out: they grow with
-    features times modules. Whatever comes from data, labels or files is shown as text, never read as HTML, and the page's
-    content security policy allows no script but its own and no address to be loaded.
+    The page holds the inspection's summary, provenance, notes and tables as JSON in the element `inspection`, from
+    which its script builds tables and plots. The tables `module_features` and `coefficients` are left out: they grow
+    with features times modules. Whatever comes from data, labels or files is shown as text, never read as HTML, and the
+    page's content security policy allows no script but its own and no address to be loaded.
 
     Args:
         inspection: from `inspect_adapter`.
@@ -43,7 +43,7 @@ def html_report(inspection: Inspection) -> str:
     }
     script = "".join(_asset(name) for name in _SCRIPTS)
     script = f'"use strict";\n{script}'
-    title = f"Inside {found['provenance'].get('adapter') or 'an adapter'}"
+    title = f"Inside {_short(found['provenance'].get('adapter') or 'an adapter')}"
     kept = {key: value for key, value in found.items() if key not in _LEFT_OUT}
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -76,6 +76,11 @@ def embedded(data: Any) -> str:
     """Return data as JSON that cannot end the element it stands in."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return _UNSAFE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+
+
+def _short(name: str) -> str:
+    """The last part of a path or of a name on the Hub."""
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name
 
 
 def _asset(name: str) -> str:
@@ -129,7 +134,7 @@ def _sections(found: dict[str, Any], plots: list[dict[str, Any]]) -> str:
     )
     return f"""<nav aria-label="Sections"><ul>{links}</ul></nav>
 <main>
-<noscript><p class="warning">Plots and tables are drawn by the page's own script, which is switched off here.</p></noscript>
+<noscript><p class="warning">Plots and tables need the page's own script, which is switched off.</p></noscript>
 {sections}
 </main>"""
 
@@ -192,7 +197,7 @@ def _nested(value: Any) -> str:
         return ", ".join(_nested(one) for one in value) or UNKNOWN
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return UNKNOWN if value is None else in_html(str(value))
+    return UNKNOWN if value in (None, "") else in_html(str(value))
 
 
 def _spaced(key: str) -> str:

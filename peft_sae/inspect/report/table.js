@@ -4,9 +4,9 @@ const PAGE = matchMedia("(max-width: 62rem)").matches ? 20 : 100;  // rows are c
 const NUMBERS = new Set(["number", "share", "degrees", "times", "signed"]);
 const SIDES = { read: "reads", write: "writes" };
 
-// Long names may break behind a dot, a colon or an underscore.
+// Long names may break behind a dot or a slash.
 function breakable(text) {
-  return visible(text).split(/(?<=[._:/])/).flatMap((part, place) => place ? [element("wbr"), part] : [part]);
+  return visible(text).split(/(?<=[./])/).flatMap((part, place) => place ? [element("wbr"), part] : [part]);
 }
 
 function word(token) {
