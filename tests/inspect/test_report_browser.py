@@ -247,7 +247,7 @@ def test_plots_follow_the_width(visit, inspection):
     page = visit(inspection)
     page.wait_for_selector("#drift .plot > svg")
     page.set_viewport_size(PHONE)
-    page.wait_for_function("document.querySelector('#drift .plot > svg').clientWidth < 390")
+    page.wait_for_selector("#drift .plot > svg[width='358']")
     assert page.evaluate("document.documentElement.scrollWidth") == PHONE["width"]
 
 
