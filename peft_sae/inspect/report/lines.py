@@ -49,7 +49,7 @@ def training_figure(training: Rows) -> dict[str, Any] | None:
         "Loss in training",
         "What the Trainer logged while it trained this adapter.",
         {"label": "step", "kind": "count"},
-        {"label": "loss (nats per token)", "kind": "number"},
+        {"label": "loss (nats)", "kind": "number"},
         [
             _line(training, "step", "loss", "training loss", None),
             _line(training, "step", "eval_loss", "evaluation loss", None),

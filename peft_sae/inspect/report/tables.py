@@ -61,7 +61,7 @@ _ACTIVATIONS = (
     Column("examples", "texts", "examples"),
 )
 _MODULES = (
-    Column("module", "module", "text"),
+    Column("module", "module", "name"),
     Column("block", "block"),
     Column("side", "side", "side"),
     Column("hook_name", "hook point", "text"),
@@ -76,7 +76,7 @@ _MODULES = (
     Column("in_random", "in random", "share"),
     Column("largest_angle", "largest angle", "degrees"),
     Column("mean_angle", "mean angle", "degrees"),
-    Column("random_mean_angle", "random", "degrees"),
+    Column("random_mean_angle", "mean to random", "degrees"),
 )
 
 
