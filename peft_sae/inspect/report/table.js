@@ -4,9 +4,9 @@ const PAGE = matchMedia("(max-width: 62rem)").matches ? 20 : 100;  // rows are c
 const NUMBERS = new Set(["number", "share", "degrees", "times", "signed"]);
 const SIDES = { read: "reads", write: "writes" };
 
-// Long names may break behind a dot or a slash.
-function breakable(text) {
-  return visible(text).split(/(?<=[./])/).flatMap((part, place) => place ? [element("wbr"), part] : [part]);
+// Long names may break behind a dot or a slash, and in narrow columns behind an underscore.
+function breakable(text, behind = /(?<=[./])/) {
+  return visible(text).split(behind).flatMap((part, place) => place ? [element("wbr"), part] : [part]);
 }
 
 function word(token) {
@@ -29,7 +29,7 @@ function spark(values) {
 }
 
 const CELLS = {
-  text: (value) => value === null ? [] : breakable(value),
+  text: (value) => value === null ? [] : breakable(value, /(?<=[._/])/),
   side: (value) => [SIDES[value] ?? UNKNOWN],
   name: (value, row) => /^https?:\/\//i.test(row.neuronpedia ?? "")
     ? [element("a", { href: row.neuronpedia, rel: "noopener noreferrer", target: "_blank",
