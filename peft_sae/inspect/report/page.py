@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
-from ...selection.escape import in_html
+from ...escape import in_html
 from .figures import figures
 from .summary import cards, highlights
 from .tables import TABLES, known_columns, table_view
