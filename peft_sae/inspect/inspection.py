@@ -108,7 +108,8 @@ def inspect_adapter(
     places = find_places(source, base, layout, depth, [group.sae for group in groups])
     readings = list(read_features(groups, places))
     notes = _notes(source, groups=bool(groups))
-    names = dict(labels or {})
+    # pandas has no strings with lone surrogates.
+    names = {name: label.encode("utf-8", "replace").decode() for name, label in (labels or {}).items()}
     features = feature_table(readings, others=others, labels=names)
     activations = positions = None
     found: dict[str, Any] = {}
@@ -234,7 +235,9 @@ def _notes(source: AdapterSource, *, groups: bool) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for name, reason in source.left_out.items():
         reasons.setdefault(reason, []).append(name)
-    notes += [f"Not measured: {len(names)} tensors ({names[0]} ...): {reason}." for reason, names in reasons.items()]
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        notes.append(f"Not measured: {names[0]}{more}: {reason}.")
     if source.subspace is None:
         notes.append(
             "The adapter has no Subspace, so there is no basis that it could have moved away from."

@@ -44,7 +44,7 @@ def subspace_section(config: SaeSubspaceConfig, subspace: Subspace, name: str = 
 
 
 def put_section(body: str, section: str, name: str = "") -> str:
-    """Return a card's text with the section in it: in place of an earlier one of the same adapter, or before the first."""
+    """Return a card's text with the section in it, in place of the adapter's earlier one or before all others."""
     begin, end = _marks(name)
     found = re.search(rf"{re.escape(begin)}.*?{re.escape(end)}\r?\n?", body, re.DOTALL)
     if found is not None:
