@@ -155,6 +155,22 @@ def activation_table(
     return table.loc[order].reset_index(drop=True)
 
 
+def with_tokens(
+    features: pd.DataFrame, handles: Sequence[SaeHandle], adapted: Adapted, tokenizer: PreTrainedTokenizerBase
+) -> pd.DataFrame:
+    """Return a feature table with the promoted tokens of those features of which the Subspace knows none."""
+    found: dict[str, list[str]] = {}
+    for handle in handles:
+        mine = features["hook_name"] == handle.identity.hook_name
+        unknown = features.loc[mine & ~features["tokens"].map(bool), "feature"].unique()
+        if len(unknown):
+            effects = _effects(handle, torch.tensor(unknown.tolist()), adapted, tokenizer)
+            for feature, tokens in zip(unknown.tolist(), effects.promoted, strict=True):
+                found[feature_name(handle.identity, feature)] = list(tokens)
+    tokens = [known or found.get(name, []) for name, known in zip(features["name"], features["tokens"], strict=True)]
+    return features.assign(tokens=tokens)
+
+
 def _most_changed(change: torch.Tensor, kinds: Mapping[int, str], others: int) -> list[int]:
     """Features with a kind of their own, and those that changed most in either direction."""
     order = change.argsort(descending=True, stable=True)

@@ -40,7 +40,7 @@ FEATURE_COLUMNS = {
     "sign": "whether the update adds to what the base weights do with it (1) or takes away from it (-1)",
     "top_module": "module in which its share is largest",
     "top_share": "its share there",
-    "tokens": "tokens that its direction promotes most, where the Subspace says so",
+    "tokens": "tokens that its direction promotes most, where the Subspace says so or the model was loaded",
     "neuronpedia": "address of its dashboard, or none",
     "label": "what the labels call it, or none",
 }

@@ -23,7 +23,7 @@ from ..statistics.checks import context_length, prepends_bos
 from ..statistics.data import ExampleReader, TokenChoice
 from ..statistics.records import Data, check_data
 from ..subspace import Subspace
-from .activations import AFTER, activation_table, compare_activations
+from .activations import AFTER, activation_table, compare_activations, with_tokens
 from .adapted import with_adapter
 from .base import open_skeleton
 from .features import feature_groups, feature_table, module_feature_table, read_features
@@ -135,6 +135,7 @@ def inspect_adapter(
                 before, after = compare_activations(
                     adapted, tokenizer, data, handles, top_examples=top_examples, progress=progress, **options
                 )
+                features = with_tokens(features, handles, adapted, tokenizer)
                 activations = activation_table(
                     before,
                     after,

@@ -125,6 +125,10 @@ def test_activations_are_those_of_base_and_merged_model(tmp_path, family):
         for feature in table.index[:5]:
             for example in table.loc[feature, "examples"]:
                 assert f"{example.before}{example.token}{example.after}".strip("…") in TEXTS[example.number]
+    promoted = found.activations.set_index("name")["promoted"]
+    for row in found.features.itertuples():
+        assert row.tokens
+        assert row.group == "chosen" or row.tokens == promoted.get(row.name, row.tokens)
     changes = found.activations["change"].abs()
     assert changes.is_monotonic_decreasing
     assert changes.max() > 0.05
