@@ -167,8 +167,8 @@ def with_tokens(
             effects = _effects(handle, torch.tensor(unknown.tolist()), adapted, tokenizer)
             for feature, tokens in zip(unknown.tolist(), effects.promoted, strict=True):
                 found[feature_name(handle.identity, feature)] = list(tokens)
-    tokens = [known or found.get(name, []) for name, known in zip(features["name"], features["tokens"], strict=True)]
-    return features.assign(tokens=tokens)
+    said = [known or found.get(name, []) for name, known in zip(features["name"], features["tokens"], strict=True)]
+    return features.assign(tokens=said)
 
 
 def _most_changed(change: torch.Tensor, kinds: Mapping[int, str], others: int) -> list[int]:
