@@ -11,6 +11,7 @@ from .subspace import Subspace
 from .tuner import SaeSubspaceConfig, SaeSubspaceModel
 
 if TYPE_CHECKING:
+    from .edit import edit_adapter
     from .export import export_lora, merge_checkpoint
     from .inspect import Inspection, inspect_adapter
     from .sae import load_saes
@@ -38,6 +39,7 @@ __all__ = [
     "collect_statistics",
     "control_subspace",
     "describe_features",
+    "edit_adapter",
     "export_lora",
     "inspect_adapter",
     "load_saes",
@@ -58,6 +60,7 @@ _LAZY = {
     "collect_statistics": ".statistics",
     "control_subspace": ".subspace.controls",
     "describe_features": ".selection",
+    "edit_adapter": ".edit",
     "export_lora": ".export",
     "inspect_adapter": ".inspect",
     "load_saes": ".sae",

@@ -32,8 +32,11 @@ def read_adapter_config(adapter: str | Path) -> dict[str, Any]:
             "folder."
         )
     if not path.is_file():
+        merged = (folder / "config.json").is_file()
+        whole = " It holds a whole model, perhaps a merged checkpoint, in which an update is no longer apart."
         raise ArtifactError(
-            f"'{folder}' has no {CONFIG_FILE}, so it is no adapter. Give the folder that `save_pretrained` wrote."
+            f"'{folder}' has no {CONFIG_FILE}, so it is no adapter.{whole if merged else ''} Give the folder that an "
+            "adapter's `save_pretrained` wrote."
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

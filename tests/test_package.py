@@ -29,6 +29,7 @@ ORDER = [
     "subspace",
     "tuner",
     "inspect",
+    "edit",
     "training",
     "export",
     "cli",

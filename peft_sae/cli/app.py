@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ..errors import PeftSaeError
 from ..escape import visible
+from .edit import edit
 from .inspect import inspect
 from .select import select
 
@@ -85,6 +86,9 @@ def train(
 
     job = read_job(config, model=model, data=data, subspace=subspace, output=output)
     Console().print(f"Adapter written to {run_job(job, progress=not quiet)}", markup=False)
+
+
+app.command()(edit)
 
 
 @app.command()

@@ -23,7 +23,7 @@ from .sites import Place, width_of
 logger = logging.getLogger(__name__)
 
 # Variants of LoRA whose update is not that of its two factors alone.
-_OTHER_VARIANTS = ("use_dora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config", "arrow_config")
+OTHER_VARIANTS = ("use_dora", "use_bdlora", "kasa_config", "velora_config", "monteclora_config", "arrow_config")
 
 
 class Protection:
@@ -218,7 +218,7 @@ def _check_guards() -> None:
 
 
 def _check_config(config: LoraConfig) -> None:
-    for name in _OTHER_VARIANTS:
+    for name in OTHER_VARIANTS:
         if getattr(config, name, None):
             reason = "its magnitude rescales what the base weights read and write" if name == "use_dora" else ""
             raise ConfigError(

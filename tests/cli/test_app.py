@@ -11,7 +11,7 @@ from peft_sae import FeatureStatistics, Subspace
 from peft_sae.cli import main
 from tests.tiny import ALIGNED, UNALIGNED, make_model, make_sae, make_tokenizer
 
-COMMANDS = ["demo", "select", "train", "inspect", "merge", "export-lora"]
+COMMANDS = ["demo", "select", "train", "inspect", "edit", "merge", "export-lora"]
 
 
 @pytest.fixture
