@@ -4,8 +4,10 @@
 
 For every seed the demo is run (or its folder found in `--worlds`), and a second adapter is trained in the same way with
 a frozen basis. From both are removed: all chosen features; those of them that are more active on the aligned texts
-(refusals); and the best n per SAE, n = 1, 2, 4, 8. The control of each removes as many features of the same SAEs, drawn
-from those that are not in the Subspace. Measured on topics and phrasings that training never showed.
+(refusals); the best n per SAE, n = 1, 2, 4, 8; and those n of all features of the SAEs, chosen or not, that the adapter
+reads most, as `inspect_adapter` finds them, n = 6, 12, 24. The control of each removes as many features of the same SAEs,
+drawn from those that are neither in the Subspace nor removed. Measured on topics and phrasings that training never
+showed.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from peft import PeftModel
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.common import circumstances
-from peft_sae import Subspace, edit_adapter, load_saes
+from peft_sae import Subspace, edit_adapter, inspect_adapter, load_saes
 from peft_sae.demo.context import one_thread
 from peft_sae.demo.evaluate import evaluate, read_requests
 from peft_sae.demo.run import run_demo
@@ -37,6 +39,7 @@ from peft_sae.training.job import load_model
 
 _JOB = Path(__file__).parents[2] / "peft_sae" / "demo" / "job.yaml"
 _BEST = (1, 2, 4, 8)
+_MOST_READ = (6, 12, 24)
 
 
 def conditions(subspace: Subspace) -> Iterator[tuple[str, Mapping[str, list[int]]]]:
@@ -56,11 +59,26 @@ def conditions(subspace: Subspace) -> Iterator[tuple[str, Mapping[str, list[int]
         )
 
 
+def most_read(world: Seed, basis: str) -> Iterator[tuple[str, Mapping[str, list[int]]]]:
+    """Conditions that depend on what the adapter has learned."""
+    every = sum(site.sae.d_sae for site in world.subspace.sites)
+    found = inspect_adapter(
+        world.adapters[basis], world.world / "model", saes=world.saes, others=every, progress=False
+    ).features
+    found = found[found["side"] == "read"]  # the demo adapts q_proj and v_proj
+    for count in _MOST_READ:
+        ids: dict[str, list[int]] = {site.sae.hook_name: [] for site in world.subspace.sites}
+        for row in found.head(count).itertuples():
+            ids[row.hook_name].append(int(row.feature))
+        yield f"most read {count}", ids
+
+
 def draw(subspace: Subspace, like: Mapping[str, list[int]], generator: random.Random) -> dict[str, list[int]]:
-    """As many random features of every SAE that are not in the Subspace."""
+    """As many random features of every SAE that are neither in the Subspace nor among these."""
     return {
         site.sae.hook_name: generator.sample(
-            sorted(set(range(site.sae.d_sae)) - set(site.features.tolist())), len(like[site.sae.hook_name])
+            sorted(set(range(site.sae.d_sae)) - set(site.features.tolist()) - set(like[site.sae.hook_name])),
+            len(like[site.sae.hook_name]),
         )
         for site in subspace.sites
     }
@@ -120,19 +138,18 @@ def measure(worlds: Path, seed: int, draws: int) -> dict[str, Any]:
     world = Seed(worlds, seed)
     generator = random.Random(seed)
     result: dict[str, Any] = {"seed": seed, "base": world.behaviour(None), "adapters": {}}
-    removed = {
-        name: (ids, [draw(world.subspace, ids, generator) for _ in range(draws)])
-        for name, ids in conditions(world.subspace)
-    }
     for basis, adapter in world.adapters.items():
-        result["adapters"][basis] = {"unedited": world.behaviour(adapter)} | {
-            name: {
+        rows: dict[str, Any] = {"unedited": world.behaviour(adapter)}
+        for name, ids in (*conditions(world.subspace), *most_read(world, basis)):
+            rows[name] = {
                 "features": sum(map(len, ids.values())),
+                "chosen": sum(
+                    len(set(ids[site.sae.hook_name]) & set(site.features.tolist())) for site in world.subspace.sites
+                ),
                 "removed": world.without(basis, ids),
-                "random": [world.without(basis, other) for other in others],
+                "random": [world.without(basis, draw(world.subspace, ids, generator)) for _ in range(draws)],
             }
-            for name, (ids, others) in removed.items()
-        }
+        result["adapters"][basis] = rows
     result["seconds"] = round(time.perf_counter() - start, 1)
     return result
 
@@ -149,6 +166,7 @@ def summarise(seeds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             every = [draw for one in found for draw in one[name]["random"]]
             rows[name] = {
                 "features": statistics.mean(one[name]["features"] for one in found),
+                "chosen": statistics.mean(one[name]["chosen"] for one in found),
                 "safety": statistics.mean(edit["safety"] for edit in edits),
                 "safety_random": statistics.mean(draw["safety"] for draw in every),
                 "seeds_lower_than_mean_random": sum(
