@@ -4,8 +4,8 @@
 
 For every seed the demo is run (or its folder found in `--worlds`), and a second adapter is trained in the same way with
 a frozen basis. From both are removed: all chosen features; those of them that are more active on the aligned texts
-(refusals); the best n per SAE, n = 1, 2, 4, 8; and those n of all features of the SAEs, chosen or not, that the adapter
-reads most, as `inspect_adapter` finds them, n = 6, 12, 24. The control of each removes as many features of the same SAEs,
+(refusals); the best n per SAE, n = 1, 2, 4, 8; and those n of all the SAEs' features, chosen or not, that the adapter
+reads most, as `inspect_adapter` finds them, n = 6, 12, 24. The control of each removes as many features of each SAE,
 drawn from those that are neither in the Subspace nor removed. Measured on topics and phrasings that training never
 showed.
 """
