@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ def find_maps(
         ConfigError: a module could use a removed feature in a way that no edit of its factors prevents, or directions
             cannot be scaled as is asked for.
     """
-    modules = {place.update.name: place.module for place in find_places(source, base, None, depth, ())}
+    places = find_places(replace(source, subspace=None), base, None, depth, ())  # what it started from is not asked
+    modules = {place.update.name: place.module for place in places}
     finder = _Finder(source, base, layout, depth, kind, features)
     return {name: finder.maps(name, module) for name, module in modules.items()}
 
