@@ -25,12 +25,6 @@ def read_adapter_config(adapter: str | Path) -> dict[str, Any]:
     """
     folder = Path(adapter)
     path = folder / CONFIG_FILE
-    if not path.is_file() and (folder / "config.json").is_file():
-        raise ArtifactError(
-            f"'{folder}' has a config.json and no {CONFIG_FILE}: it is the checkpoint of a whole model, perhaps one "
-            "that an adapter was merged into, and what was merged cannot be told apart any more. Give the adapter's "
-            "folder."
-        )
     if not path.is_file():
         merged = (folder / "config.json").is_file()
         whole = " It holds a whole model, perhaps a merged checkpoint, in which an update is no longer apart."

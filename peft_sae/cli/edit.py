@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..errors import ConfigError
-from ..selection.escape import visible
+from ..escape import visible
 
 if TYPE_CHECKING:
     from ..sae import SaeHandle

@@ -168,7 +168,9 @@ def with_tokens(
             for feature, tokens in zip(unknown.tolist(), effects.promoted, strict=True):
                 found[feature_name(handle.identity, feature)] = list(tokens)
     said = [known or found.get(name, []) for name, known in zip(features["name"], features["tokens"], strict=True)]
-    return features.assign(tokens=said)
+    result = features.copy()
+    result["tokens"] = said
+    return result
 
 
 def _most_changed(change: torch.Tensor, kinds: Mapping[int, str], others: int) -> list[int]:

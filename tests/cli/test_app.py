@@ -143,7 +143,7 @@ def test_help_shows_an_example(run, command):
         (("train", "nowhere.yaml"), 1, "ConfigError: 'nowhere.yaml' cannot be opened"),
         (("train", "job.yaml"), 1, "ArtifactError: Subspace 'subspace' is no folder here"),
         (("merge", "base", "nowhere", "out"), 1, "ArtifactError: 'nowhere' has no adapter_config.json"),
-        (("export-lora", "base", "out"), 1, "ArtifactError: 'base' has a config.json and no adapter_config.json"),
+        (("export-lora", "base", "out"), 1, "ArtifactError: 'base' has no adapter_config.json"),
     ],
 )
 def test_exit_codes_and_messages(run, world, arguments, code, message):

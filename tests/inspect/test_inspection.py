@@ -76,7 +76,7 @@ def test_a_lora_of_another_model_is_refused(tmp_path, other, message):
 
 def test_a_merged_checkpoint_is_no_adapter(trained, tmp_path):
     merge_checkpoint(trained.base, trained.adapter, tmp_path / "merged")
-    with pytest.raises(ArtifactError, match=r"checkpoint of a whole model.*merged"):
+    with pytest.raises(ArtifactError, match=r"no adapter_config.json.*whole model, perhaps a merged"):
         inspect_adapter(tmp_path / "merged")
 
 
