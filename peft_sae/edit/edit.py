@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,12 @@ from ..layout import BlockLayout
 from ..sae.handle import SaeHandle, as_handles, check_distinct
 from ..sae.placement import check_placement, find_layout
 from ..tuner import SaeSubspaceConfig
+from ..tuner.card import amend_card
+from ..tuner.card_section import put_section
 from ..tuner.sites import width_of
 from .directions import find_maps
 from .folder import check_apart, copy_beside
-from .record import EDIT_FILE, SCHEMA, SCHEMA_VERSION, read_edits
+from .record import EDIT_FILE, SCHEMA, SCHEMA_VERSION, edits_section, read_edits
 from .request import EditedFeature, Kind, Scales, find_features, read_wish
 from .weights import EXACT, ModuleEdit, check_editable, edit_weights, read_metadata
 
@@ -120,8 +122,18 @@ def edit_adapter(
     with replace_folder(output) as target:
         edit["left_out"] = copy_beside(folder, target)
         _write(target, edited, read_metadata(folder / WEIGHTS_FILE))
-        write_json(target / EDIT_FILE, {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "edits": [*earlier, edit]})
+        edits = [*earlier, edit]
+        write_json(target / EDIT_FILE, {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "edits": edits})
+        _tell_in_card(target / "README.md", edits)
     return output
+
+
+def _tell_in_card(card: Path, edits: Sequence[Mapping[str, Any]]) -> None:
+    """The card of a copy must not pass for that of the original; but a card fails no edit."""
+    try:
+        amend_card(card, lambda body: put_section(body, edits_section(edits), "edits"))
+    except (OSError, UnicodeError) as error:
+        logger.warning("The model card does not say that the adapter was edited (%s).", error)
 
 
 def _read(folder: Path) -> tuple[AdapterSource, dict[str, torch.Tensor]]:

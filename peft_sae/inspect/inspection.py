@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_PROTECTED = 1e-6  # share of a module's energy along a protected direction that rounding to bfloat16 may leave
+
 
 def inspect_adapter(
     adapter: str | Path | PeftModel,
@@ -111,6 +113,7 @@ def inspect_adapter(
     # pandas has no strings with lone surrogates.
     names = {name: label.encode("utf-8", "replace").decode() for name, label in (labels or {}).items()}
     features = feature_table(readings, others=others, labels=names)
+    notes += _protection_notes(features)
     activations = positions = None
     found: dict[str, Any] = {}
     provenance = _provenance(source, base, handles)
@@ -245,6 +248,18 @@ def _notes(source: AdapterSource, *, groups: bool) -> list[str]:
             + ("" if groups else " Give SAEs to see which features it reads and writes.")
         )
     return notes
+
+
+def _protection_notes(features: pd.DataFrame) -> list[str]:
+    guarded = features[(features["group"] == "protected") & (features["top_share"].astype(float) > _PROTECTED)]
+    if not len(guarded):
+        return []
+    worst = guarded.sort_values("top_share", ascending=False).iloc[0]
+    return [
+        f"The update uses {guarded['name'].nunique()} protected features, most of all {worst['name']} in "
+        f"{worst['top_module']} ({worst['top_share']:.2g} of its energy): the weights, or the base model's norms, were "
+        "changed after training."
+    ]
 
 
 def _provenance(source: AdapterSource, base: Any, handles: Sequence[SaeHandle]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import tempfile
@@ -30,16 +31,34 @@ def add_hint(folder: str | Path, section: Callable[[str, str], str] | None = Non
             folder, and returns the text with the section.
     """
     for place, name in ((Path(folder), ""), (Path(folder).parent, Path(folder).name)):
+        card = place / "README.md"
         try:
-            if _add_to(place / "README.md", name, section):
+            if amend_card(card, functools.partial(_with_hint, name=name, section=section)):
                 return
         except (OSError, UnicodeError) as error:
-            logger.warning("The model card '%s' does not say how to load the adapter (%s).", place, error)
+            logger.warning("The model card '%s' does not say how to load the adapter (%s).", card, error)
             return
 
 
-def _add_to(card: Path, name: str, section: Callable[[str, str], str] | None) -> bool:
-    """Whether it is PEFT's card, which has hint and section now."""
+def _with_hint(body: str, *, name: str, section: Callable[[str, str], str] | None) -> str:
+    if _HINT.strip().splitlines()[0] not in body:
+        body = _HINT + body.lstrip("\r\n")
+    return body if section is None else section(body, name)
+
+
+def amend_card(card: Path, change: Callable[[str], str]) -> bool:
+    """Change the text under the front matter of a model card, whole or not at all.
+
+    Args:
+        card: the file.
+        change: takes the text and returns another.
+
+    Returns:
+        Whether it is a card of PEFT's; no other file is changed.
+
+    Raises:
+        OSError, UnicodeError: it cannot be read or written.
+    """
     if card.is_symlink() or not card.is_file() or card.stat().st_size > _LARGEST:
         return False
     with card.open(encoding="utf-8", newline="") as file:
@@ -50,11 +69,8 @@ def _add_to(card: Path, name: str, section: Callable[[str, str], str] | None) ->
     end = stripped.index("---", 1) + 1
     if "library_name: peft" not in stripped[:end]:
         return False
-    before = body = "".join(lines[end:])
-    if _HINT.strip().splitlines()[0] not in body:
-        body = _HINT + body.lstrip("\r\n")
-    if section is not None:
-        body = section(body, name)
+    before = "".join(lines[end:])
+    body = change(before)
     if body == before:
         return True
     handle, scratch = tempfile.mkstemp(dir=card.parent, prefix=".README.")

@@ -21,16 +21,15 @@ _STATISTICS = ("tokens", "pooling", "examples", "data")
 
 
 def subspace_section(config: SaeSubspaceConfig, subspace: Subspace, name: str = "") -> str:
-    """Return Markdown on an adapter's features and where they come from, between marks that `put_section` finds.
+    """Return Markdown on an adapter's features and where they come from.
 
     Args:
         config: the adapter's configuration.
         subspace: the Subspace that it was built from.
         name: the adapter's name, if the card is of several.
     """
-    begin, end = _marks(name)
     about = f" of the adapter {in_markdown(name)}" if name else ""
-    lines = [begin, f"## Features{about}", "", _explanation(config, subspace), ""]
+    lines = [f"## Features{about}", "", _explanation(config, subspace), ""]
     if subspace.sites:
         lines += ["| hook point | SAE | rank | features | best ones, and tokens that they promote |"]
         lines += ["|---|---|---:|---:|---|", *(_row(site) for site in subspace.sites), ""]
@@ -39,26 +38,28 @@ def subspace_section(config: SaeSubspaceConfig, subspace: Subspace, name: str = 
         lines += ["| hook point | SAE | features |", "|---|---|---|"]
         lines += [_protected_row(site) for site in subspace.protected] + [""]
     lines += [f"- {label}: {value}" for label, value in _provenance(config, subspace)]
-    lines += ["", "`peft-sae inspect ADAPTER` shows what the update does with them.", end, ""]
+    lines += ["", "`peft-sae inspect ADAPTER` shows what the update does with them."]
     return "\n".join(lines)
 
 
-def put_section(body: str, section: str, name: str = "") -> str:
-    """Return a card's text with the section in it, in place of the adapter's earlier one or before all others."""
-    begin, end = _marks(name)
+def put_section(body: str, section: str, label: str) -> str:
+    """Return a card's text with a section in it, in place of the earlier one of its label or before all others.
+
+    Args:
+        body: the text under the card's front matter.
+        section: Markdown.
+        label: tells sections apart: `features`, with the adapter's name behind it where the card is of several.
+    """
+    safe = re.sub(r"[^A-Za-z0-9_. ]", "_", label).rstrip()
+    begin, end = f"<!-- peft_sae {safe} -->", f"<!-- end of peft_sae {safe} -->"
+    section = f"{begin}\n{section.rstrip()}\n{end}\n"
     found = re.search(rf"{re.escape(begin)}.*?{re.escape(end)}\r?\n?", body, re.DOTALL)
     if found is not None:
         return body[: found.start()] + section + body[found.end() :]
-    first = re.search(r"^(<!-- peft_sae features|## )", body, re.MULTILINE)
+    first = re.search(r"^(<!-- peft_sae |## )", body, re.MULTILINE)
     if first is None:
         return f"{body.rstrip()}\n\n{section}"
     return f"{body[: first.start()]}{section}\n{body[first.start() :]}"
-
-
-def _marks(name: str) -> tuple[str, str]:
-    safe = re.sub(r"[^A-Za-z0-9_.]", "_", name)
-    label = f"peft_sae features {safe}".rstrip()
-    return f"<!-- {label} -->", f"<!-- end of {label} -->"
 
 
 def _explanation(config: SaeSubspaceConfig, subspace: Subspace) -> str:

@@ -204,7 +204,7 @@ class SaeSubspaceConfig(LoraConfig):
         add_hint(save_directory, None if subspace is None else functools.partial(self._describe, subspace=subspace))
 
     def _describe(self, card: str, name: str, *, subspace: Subspace) -> str:
-        return put_section(card, subspace_section(self, subspace, name), name)
+        return put_section(card, subspace_section(self, subspace, name), f"features {name}")
 
     def remember_subspace(self, subspace: Subspace) -> None:
         """Keep the Subspace that the adapter was built from, so that it can be saved along with it."""

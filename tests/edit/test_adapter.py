@@ -206,7 +206,7 @@ def test_the_result_is_a_whole_adapter(trained, tmp_path):
     assert {str(path) for path in found - files} == {"edit.json"}
     assert files <= found
     same = [path for path in files if (adapter / path).read_bytes() == (edited / path).read_bytes()]
-    assert {str(path) for path in files - set(same)} == {WEIGHTS}
+    assert {str(path) for path in files - set(same)} == {WEIGHTS, "README.md"}
     assert stat.S_IMODE((edited / WEIGHTS).stat().st_mode) == stat.S_IMODE((edited / "edit.json").stat().st_mode)
     with safe_open(edited / WEIGHTS, framework="pt") as file:
         assert file.metadata() == metadata
@@ -296,3 +296,15 @@ def test_modules_trained_as_a_whole_are_told_and_stay(trained, tmp_path, saes, c
     assert "1 tensors that were trained as a whole (base_model.model.lm_head.weight ...) are not edited" in caplog.text
     before, after = load_file(tmp_path / "adapter" / WEIGHTS), load_file(edited / WEIGHTS)
     assert torch.equal(before["base_model.model.lm_head.weight"], after["base_model.model.lm_head.weight"])
+
+
+def test_the_card_of_the_copy_says_that_it_was_edited(trained, tmp_path):
+    adapter = trained(ranks={"blocks.1.hook_resid_post": 4}, r="auto")
+    original = (adapter / "README.md").read_text()
+    edit_adapter(adapter, tmp_path / "one", remove=["1:2"])
+    edit_adapter(tmp_path / "one", tmp_path / "two", scale={"1:3": 0.5})
+    card = (tmp_path / "two" / "README.md").read_text()
+    assert card.count("## Edited after training") == 1
+    assert card.count(" removed; of the weights") == card.count(" times 0.5; of the weights") == 1
+    assert "## Features" in card
+    assert (adapter / "README.md").read_text() == original

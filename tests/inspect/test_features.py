@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from peft_sae import SaeSubspaceConfig, inspect_adapter, load_saes
 from peft_sae.errors import MismatchError
@@ -167,3 +168,15 @@ def test_an_adapter_beside_another_one_is_inspected_by_name(tmp_path):
     trained.model.set_adapter("other")
     assert len(inspect_adapter(trained.model).modules) == 3
     assert inspect_adapter(trained.model, adapter_name="default").modules["norm"].tolist() == expected
+
+
+def test_weights_that_were_changed_into_protected_directions_are_told(tmp_path):
+    trained = train(tmp_path, build_protect=[f"{HOOKS[0]}:41"])
+    assert not any("protected" in note for note in inspect_adapter(trained.adapter).notes)
+    file = trained.adapter / "adapter_model.safetensors"
+    weights = load_file(file)
+    name = next(name for name in weights if name.endswith("layers.1.self_attn.q_proj.lora_A.weight"))
+    weights[name] += 0.1
+    save_file(weights, file)
+    (note,) = [note for note in inspect_adapter(trained.adapter).notes if "protected" in note]
+    assert f"{HOOKS[0]}:41 in model.layers.1.self_attn.q_proj" in note
