@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 
+from .artifact import read_json
 from .errors import ArtifactError
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+EDIT_FILE = "edit.json"
+EDIT_SCHEMA, EDIT_SCHEMA_VERSION = "peft_sae.edit", 1
 _WEIGHT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MERGEABLE_TYPES = ("SAE_SUBSPACE", "LORA")
 
@@ -70,3 +73,27 @@ def read_adapter_weights(adapter: str | Path) -> dict[str, torch.Tensor]:
     if broken:
         raise ArtifactError(f"'{path}' holds NaN or infinity in {broken[:3]}. The training diverged; train again.")
     return tensors
+
+
+def read_edits(adapter: str | Path) -> list[dict[str, Any]]:
+    """Return the edits that made an adapter, the first one first; an adapter that was never edited has none.
+
+    Every edit has `parent_digest` and `digest` (SHA-256 of the weights before and after), `features` (name, SAE and
+    `factor`: what is left of it, 0 if it was removed), `kind` (`scale`, of which removing is a case, or `keep`),
+    `saes`, `base_model`, `versions`, `modules` (what it did to each), `notes`, and `left_out` (files that were
+    not copied).
+
+    Raises:
+        ArtifactError: the record is damaged, or of a newer schema.
+    """
+    path = Path(adapter) / EDIT_FILE
+    if not path.exists():
+        return []
+    edits = read_json(path, schema=EDIT_SCHEMA, newest=EDIT_SCHEMA_VERSION).get("edits")
+    known = isinstance(edits, list) and all(
+        isinstance(edit, dict) and isinstance(edit.get("digest"), str) and isinstance(edit.get("features"), list)
+        for edit in edits
+    )
+    if not known or not edits:
+        raise ArtifactError(f"'{path}' is malformed, so earlier edits are not known. Copy the adapter again.")
+    return list(edits)

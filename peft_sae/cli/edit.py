@@ -86,17 +86,17 @@ def _print(edit: dict[str, Any]) -> None:
         console.print(visible(f"{feature['name']}: {what}"), markup=False, highlight=False)
     table = Table()
     table.add_column("module", overflow="fold")
-    for head in ("directions", "norm before", "after", "energy removed"):
+    for head in ("directions", "norm before", "after", "changed by"):
         table.add_column(head, justify="right")
     modules = sorted(edit["modules"].items(), key=lambda item: -(item[1]["changed"] or 0))
     for name, module in modules[:_MODULES]:
-        removed = module["energy_removed"]
+        changed = module["changed"]
         table.add_row(
             visible(name),
             " + ".join(f"{count} {side}" for side, count in module["directions"].items()) or "none",
             f"{module['norm_before']:.4g}",
             f"{module['norm_after']:.4g}",
-            "-" if removed is None else f"{100 * removed:.1f} %",
+            "-" if changed is None else f"{100 * changed:.1f} %",
         )
     console.print(table)
     if len(modules) > _MODULES:

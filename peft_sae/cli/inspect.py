@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import ConfigError
+from ..errors import ConfigError, suggest
 from ..escape import visible
 from ..selection.columns import word
 from .tables import example_text, title_text
@@ -50,24 +50,39 @@ def inspect(
 
     Example: `peft-sae inspect outputs/adapter --html report.html`
     """
+    import torch
+
     from ..artifact import check_writable
     from ..inspect import inspect_adapter
     from ..inspect.result import check_suffix
     from ..sae.load import load_saes
     from ..selection.labels import read_labels
+    from ..statistics.data import TOKEN_CHOICES
+    from ..statistics.records import check_data
 
+    if saes is None and (ids or layers):
+        raise ConfigError("--id and --layer choose among SAEs, and --saes does not say of which. Add it.")
+    if tokens not in TOKEN_CHOICES:
+        raise ConfigError(f"--tokens {tokens!r} is unknown.{suggest(tokens, TOKEN_CHOICES)}")
+    if rows < 1:
+        raise ConfigError(f"--rows {rows} shows nothing. Use 1 or more.")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device!r} is not to be had: no GPU is visible to PyTorch. Use cpu.")
+    if data is not None:
+        check_data(str(data), "inspected")
     for path, suffix in ((html, ".html"), (json, ".json")):
         if path is not None:
             if path.suffix.lower() != suffix:
                 raise ConfigError(f"'{path}' does not end in {suffix}, which --{suffix[1:]} writes. Name it so.")
             check_suffix(path)
             check_writable(path)
+    handles = None if saes is None else load_saes(saes, ids=ids or None, layers=layers or None, device=device)
     options: dict[str, Any] = {"tokens": tokens, "batch_size": batch_size, "max_length": max_length, "others": others}
     found = inspect_adapter(
         adapter,
         base if data is None else _model(adapter, base, device),
         None if data is None else str(data),
-        None if saes is None else load_saes(saes, ids=ids or None, layers=layers or None, device=device),
+        handles,
         labels=None if labels is None else read_labels(labels),
         progress=not quiet,
         **options,
@@ -157,13 +172,16 @@ def _blocks(modules: pd.DataFrame) -> Table:
 
 
 def _features(features: pd.DataFrame) -> Table:
-    table = _table("feature", "side", "share", "x random", "its own", "says", text=("feature", "side", "says"))
+    table = _table(
+        "feature", "side", "share", "x random", "x typical", "its own", "says", text=("feature", "side", "says")
+    )
     for row in features.to_dict("records"):
         table.add_row(
             _name(row["name"], row["group"]),
             f"{row['side']}s",
             _percent(row["share"]),
             _number(row["times_chance"], ".1f"),
+            _number(row["times_typical"], ".1f"),
             _percent(row["unique"]),
             _says(row["label"], row["tokens"]),
         )

@@ -13,22 +13,22 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
-from ..adapter import WEIGHTS_FILE, read_adapter_weights
+from ..adapter import EDIT_FILE, EDIT_SCHEMA, EDIT_SCHEMA_VERSION, WEIGHTS_FILE, read_adapter_weights, read_edits
 from ..artifact import check_target, check_writable, digest, package_versions, replace_folder, write_json
 from ..errors import ArtifactError, ConfigError, MismatchError
 from ..inspect.base import open_skeleton
 from ..inspect.features import feature_groups
+from ..inspect.places import layout_of
 from ..inspect.source import AdapterSource, source_of_folder
-from ..layout import BlockLayout
 from ..sae.handle import SaeHandle, as_handles, check_distinct
-from ..sae.placement import check_placement, find_layout
+from ..sae.placement import check_placement
 from ..tuner import SaeSubspaceConfig
 from ..tuner.card import amend_card
 from ..tuner.card_section import put_section
 from ..tuner.sites import width_of
 from .directions import find_maps
 from .folder import check_apart, copy_beside
-from .record import EDIT_FILE, SCHEMA, SCHEMA_VERSION, edits_section, read_edits
+from .record import edits_section
 from .request import EditedFeature, Kind, Scales, find_features, read_wish
 from .weights import EXACT, ModuleEdit, check_editable, edit_weights, read_metadata
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
+
+_LARGE = 10  # factors beyond are told
 
 
 def edit_adapter(
@@ -66,8 +68,11 @@ def edit_adapter(
     MLP's input for the modules of its own block that read there. Modules that meet none of the kept features lose their
     update. Protected features stay protected: where an edited direction overlaps them, its part across them is edited.
 
-    As with `protect`, too, a feature is its decoder direction: its activation can still move by what the update writes
-    across it, and later blocks may bring it about.
+    As with `protect`, too, this is about the update's factors, not about the model. What a reading module (q, v, gate)
+    still computes from other directions goes on through weights of the base, which may write the feature: with no
+    writing module (o, down) adapted the stream can differ from the base's along a removed feature as much as before.
+    And a feature is its decoder direction: its activation can still move by what the update writes across it, and
+    later blocks may bring it about.
 
     The edited adapter is loaded like any other; no basis is written over its factors. Training it on with a trainable
     basis may bring features back; with `freeze_basis` the frozen factor, and so what was edited of it, stays, and is no
@@ -106,13 +111,13 @@ def edit_adapter(
         check_distinct(handles)
     source, weights = _read(folder)
     earlier = read_edits(folder)
-    notes = [*_notes(earlier, source), *check_editable(source, weights)]
+    notes = [*_notes(earlier, source), *_notes_of_factors(wish.factors), *check_editable(source, weights, wish.kind)]
     features = find_features(wish, feature_groups(source.subspace, handles))
     check_writable(output)
     base = _open_base(source, model)
     if handles:
         check_placement(base, handles)
-    layout, depth = _layout(source, base)
+    layout, depth = layout_of(source, base)
     maps = find_maps(source, base, layout, depth, wish.kind, features)
     edited, modules = edit_weights(source, weights, maps)
     notes += _tell(modules)
@@ -123,7 +128,7 @@ def edit_adapter(
         edit["left_out"] = copy_beside(folder, target)
         _write(target, edited, read_metadata(folder / WEIGHTS_FILE))
         edits = [*earlier, edit]
-        write_json(target / EDIT_FILE, {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, "edits": edits})
+        write_json(target / EDIT_FILE, {"schema": EDIT_SCHEMA, "schema_version": EDIT_SCHEMA_VERSION, "edits": edits})
         _tell_in_card(target / "README.md", edits)
     return output
 
@@ -171,16 +176,17 @@ def _check_targets(source: AdapterSource, base: nn.Module) -> None:
             )
 
 
-def _layout(source: AdapterSource, base: Any) -> tuple[BlockLayout, int]:
-    if source.subspace is not None:
-        return source.subspace.layout, int(source.subspace.model.get("num_hidden_layers", 0))
-    return find_layout(base), int(base.config.get_text_config().num_hidden_layers)
-
-
 def _notes(earlier: Sequence[dict[str, Any]], source: AdapterSource) -> list[str]:
     if earlier and earlier[-1]["digest"] != source.digest:
         return ["The adapter's weights were changed after its last recorded edit, so that edit may no longer hold."]
     return []
+
+
+def _notes_of_factors(factors: Sequence[tuple[str, float]]) -> list[str]:
+    large = [f"{name} by {factor:g}" for name, factor in factors if abs(factor) > _LARGE]
+    if not large:
+        return []
+    return [f"Scaling {', '.join(large[:3])} makes the update much larger than training ever had it."]
 
 
 def _tell(modules: dict[str, ModuleEdit]) -> list[str]:
@@ -188,6 +194,8 @@ def _tell(modules: dict[str, ModuleEdit]) -> list[str]:
     empty = [name for name, module in modules.items() if module.norm_before and not module.norm_after]
     if empty:
         notes.append(f"Nothing is left of the updates of {len(empty)} of {len(modules)} modules ({empty[0]} ...).")
+    if not any(module.changed and module.changed > EXACT for module in modules.values()):
+        notes.append("Nothing changed: the update did not use these features (or the factor is 1).")
     worst = max(modules, key=lambda name: modules[name].left)
     if modules[worst].left > EXACT:
         notes.append(

@@ -6,9 +6,8 @@ import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
-from ..adapter import CONFIG_FILE, WEIGHTS_FILE
+from ..adapter import CONFIG_FILE, EDIT_FILE, WEIGHTS_FILE
 from ..errors import ArtifactError
-from .record import EDIT_FILE
 
 _REPLACED = (WEIGHTS_FILE, EDIT_FILE)
 # Other copies of the weights of before the edit, and the state of a training that does not go on from the edited ones.

@@ -16,6 +16,7 @@ from ..inspect.update import LowRankUpdate
 from ..layout import Side
 from ..tuner.protection import OTHER_VARIANTS
 from .direction_map import DirectionMap
+from .request import Kind
 
 _PART = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>A|B)(?:\.(?P<kind>weight|bias))?")
 EXACT = 1e-6  # what rounding to float32 may leave of a removed feature, as a share of the update's norm
@@ -42,7 +43,7 @@ class ModuleEdit:
     left: float
 
 
-def check_editable(source: AdapterSource, weights: Mapping[str, torch.Tensor]) -> list[str]:
+def check_editable(source: AdapterSource, weights: Mapping[str, torch.Tensor], kind: Kind) -> list[str]:
     """Refuse adapters whose update is not that of their two factors, and return notes on what is not edited.
 
     Raises:
@@ -79,6 +80,12 @@ def check_editable(source: AdapterSource, weights: Mapping[str, torch.Tensor]) -
                 f"'{source.name}' adapts {name!r}, {reason}, so it is not known which features it uses. Edit an "
                 "adapter of linear modules only."
             )
+    biases = sorted(key for key in weights if key.endswith(".lora_B.bias"))
+    if kind == "keep" and biases:
+        raise ConfigError(
+            f"'{source.name}' holds the bias {biases[0]!r}, which writes whatever is read, so keeping some features "
+            "alone would keep it too. Remove features by name instead, or train without lora_bias."
+        )
     whole = sorted(key for key in weights if ".lora_" not in key)
     if not whole:
         return []

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peft import LoraConfig
 
-from ..adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, read_adapter_weights
+from ..adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, read_adapter_weights, read_edits
 from ..artifact import replace_folder, write_json
 from ..errors import ConfigError
 from ..tuner import SaeSubspaceConfig
@@ -40,11 +40,12 @@ def export_lora(adapter: str | Path, output: str | Path) -> Path:
     lora_fields = {field.name for field in fields(LoraConfig)}
     own_fields = {field.name for field in fields(SaeSubspaceConfig)} - lora_fields
     plain = {name: value for name, value in config.items() if name not in own_fields}
+    edits = read_edits(adapter)
     provenance = {name: config.get(name) for name in sorted(own_fields)}
     with replace_folder(output) as folder:
         from safetensors.torch import save_file
 
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(folder / CONFIG_FILE, {**plain, "peft_type": "LORA"})
-        write_json(folder / PROVENANCE_FILE, provenance)
+        write_json(folder / PROVENANCE_FILE, {**provenance, "edits": edits})
     return Path(output)

@@ -33,7 +33,8 @@ ACTIVATION_COLUMNS = {
     "mean_before": "mean activation per token in the base model",
     "mean_after": "the same in the adapted model",
     "change": "mean_after - mean_before",
-    "error": "standard error of the change, as if the two runs were independent, so rather too large",
+    "error": "standard error of the change over texts, as if the two runs were of different ones: usually several "
+    "times too large; unknown for a single text",
     "rate_before": "share of the tokens on which it fires in the base model",
     "rate_after": "the same in the adapted model",
     "promoted": "tokens whose logits its direction raises most",

@@ -35,9 +35,11 @@ FEATURE_COLUMNS = {
     "side": "whether the update reads it or writes it",
     "modules": "number of modules that are nearest to its hook point on that side",
     "share": "share of the energy of these modules' updates that lies along it",
-    "times_chance": "that, divided by what a random direction has",
+    "times_chance": "that, divided by what a direction has on average that is random in all dimensions alike",
+    "times_typical": "that, divided by the median of all features of its SAE on that side; known with the SAE given",
     "unique": "share that lies along it and along no other chosen feature of the hook point; known for chosen ones",
-    "sign": "whether the update adds to what the base weights do with it (1) or takes away from it (-1)",
+    "sign": "cosine between what the base weights and the update do with it, over the modules weighted by the "
+    "update's energy: the update adds to it (1) or works against it (-1)",
     "top_module": "module in which its share is largest",
     "top_share": "its share there",
     "tokens": "tokens that its direction promotes most, where the Subspace says so or the model was loaded",
@@ -128,7 +130,6 @@ class FeatureReading:
         best_place: which module that is, int64 [n].
         each: shares of the chosen and protected features in every module, float64 [kept, modules].
         unique: share of the chosen features alone, summed over the modules, float64 [kept]; NaN for protected ones.
-        sign: mean agreement with the base weights, float64 [kept]; NaN if they are not there.
         kept: places in the group of the chosen and protected features, int64 [kept].
     """
 
@@ -142,7 +143,6 @@ class FeatureReading:
     best_place: torch.Tensor
     each: torch.Tensor
     unique: torch.Tensor
-    sign: torch.Tensor
     kept: torch.Tensor
 
 
@@ -199,7 +199,6 @@ def _read(group: FeatureGroup, side: Side, places: list[ModulePlace]) -> Feature
         best_place,
         each,
         _unique(group, side, places, total),
-        _sign(directions, side, places),
         kept,
     )
 
@@ -256,7 +255,7 @@ def own_parts(rows: torch.Tensor) -> torch.Tensor:
     return torch.stack(parts)
 
 
-def _sign(directions: torch.Tensor, side: Side, places: list[ModulePlace]) -> torch.Tensor:
+def _sign(directions: torch.Tensor, side: Side, places: Sequence[ModulePlace]) -> torch.Tensor:
     """Cosine between what the base weights and the update do with a direction, weighted by the update's energy."""
     weighted, sizes = torch.zeros(len(directions)).double(), torch.zeros(len(directions)).double()
     seen = False
@@ -308,7 +307,12 @@ def _rows(reading: FeatureReading, others: int, labels: Mapping[str, str]) -> It
     candidates = free.nonzero().squeeze(1)
     best = candidates[share[candidates].argsort(descending=True, stable=True)[:others]]
     chance = reading.chance / reading.total if reading.total else 0.0
-    for place in [*kept, *best.tolist()]:
+    # The directions of an SAE favour some dimensions, as updates do: a typical one has more than a random one.
+    whole = len(group.ids) == group.sae.d_sae
+    typical = float(share.median()) if whole and reading.total else 0.0
+    shown = [*kept, *best.tolist()]
+    signs = _sign(group.directions[shown].detach().cpu().double(), reading.side, reading.places)
+    for place, sign in zip(shown, signs, strict=True):
         feature = int(group.ids[place])
         number = place_of.get(place)
         name = feature_name(group.sae, feature)
@@ -323,9 +327,12 @@ def _rows(reading: FeatureReading, others: int, labels: Mapping[str, str]) -> It
             "modules": len(reading.places),
             "share": float(share[place]) if reading.total else None,
             "times_chance": float(share[place]) / chance if chance else None,
+            "times_typical": float(share[place]) / typical if typical else None,
             "unique": None if number is None else _number(reading.unique[number]),
-            "sign": None if number is None else _number(reading.sign[number]),
-            "top_module": reading.places[int(reading.best_place[place])].update.name if reading.total else None,
+            "sign": _number(sign),
+            "top_module": (
+                reading.places[int(reading.best_place[place])].update.name if float(reading.best[place]) else None
+            ),
             "top_share": float(reading.best[place]) if reading.total else None,
             "tokens": list(group.tokens.get(feature, ())),
             "neuronpedia": group.sae.neuronpedia_url(feature),

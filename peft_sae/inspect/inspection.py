@@ -14,11 +14,9 @@ from torch import nn
 from ..artifact import package_versions
 from ..checkpoint import model_class
 from ..errors import ArtifactError, ConfigError
-from ..layout import BlockLayout
 from ..sae.handle import SaeHandle, as_handles, check_distinct
 from ..sae.identity import SaeIdentity
 from ..sae.names import feature_name
-from ..sae.placement import find_layout
 from ..statistics.checks import context_length, prepends_bos
 from ..statistics.data import ExampleReader, TokenChoice
 from ..statistics.records import Data, check_data
@@ -29,7 +27,7 @@ from .base import open_skeleton
 from .features import feature_groups, feature_table, module_feature_table, read_features
 from .language import measure_language
 from .modules import module_table
-from .places import find_places
+from .places import find_places, layout_of, norms_digest
 from .result import Inspection
 from .source import AdapterSource, source_of_folder, source_of_model
 
@@ -104,9 +102,8 @@ def inspect_adapter(
         data = list(data) if isinstance(data, Iterator) else data  # it is read more than once
         check_data(data, "inspected")
     source, base = _open(adapter, model, adapter_name, run=data is not None)
-    subspace = source.subspace
-    layout, depth = _layout(source, base, handles)
-    groups = feature_groups(subspace, handles)
+    groups = feature_groups(source.subspace, handles)
+    layout, depth = layout_of(source, base) if groups else (None, 0)
     places = find_places(source, base, layout, depth, [group.sae for group in groups])
     readings = list(read_features(groups, places))
     notes = _notes(source, groups=bool(groups))
@@ -117,22 +114,26 @@ def inspect_adapter(
     activations = positions = None
     found: dict[str, Any] = {}
     provenance = _provenance(source, base, handles)
+    provenance["norms_digest"] = norms_digest(places)
+    named, used = provenance["base_model"], provenance["base_used"]
+    if named and used and Path(named).name != Path(used).name:
+        notes.append(
+            f"The adapter names the base model '{named}', and '{used}' was used: if its norms are others, so are the "
+            "numbers of features and drift."
+        )
     if data is not None:
         if tokenizer is None:
             tokenizer = _tokenizer(base, source)
         folder = None if isinstance(adapter, PeftModel) else adapter
         with _runnable(base, adapter, folder, adapter_name) as adapted:
             limit = context_length(adapted.model, max_length)
-            reader = ExampleReader(
-                tokenizer,
-                tokens=tokens,
-                max_length=limit,
-                prepend_bos=prepends_bos(handles) if handles else tokenizer.bos_token_id is not None,
-            )
+            bos = prepends_bos(handles)  # as the SAEs were trained; without any, as the tokenizer does by itself
+            reader = ExampleReader(tokenizer, tokens=tokens, max_length=limit, prepend_bos=bos)
             language = measure_language(
                 adapted, data, reader, batch_size=batch_size, pad_id=tokenizer.pad_token_id or 0, progress=progress
             )
             found, positions = language.summary(), language.table()
+            provenance["texts"] = {"tokens": tokens, "max_length": limit, "prepend_bos": bos}
             if handles:
                 options: dict[str, Any] = {"tokens": tokens, "batch_size": batch_size, "max_length": max_length}
                 before, after = compare_activations(
@@ -154,7 +155,7 @@ def inspect_adapter(
                 provenance["data"] = {
                     key: after.settings[key].get(AFTER) if isinstance(after.settings[key], Mapping) else None
                     for key in ("data", "examples", "truncated")
-                } | {"tokens": tokens, "max_length": limit}
+                }
             else:
                 notes.append("No SAEs were given, so activations of features on the texts are not measured.")
     modules = module_table(places, seed=seed)
@@ -210,14 +211,6 @@ def _load(name: str | Path) -> nn.Module:
     return model
 
 
-def _layout(source: AdapterSource, base: Any, handles: Sequence[SaeHandle]) -> tuple[BlockLayout | None, int]:
-    if source.subspace is not None:
-        return source.subspace.layout, int(source.subspace.model.get("num_hidden_layers", 0))
-    if handles:
-        return find_layout(base), int(base.config.get_text_config().num_hidden_layers)
-    return None, 0
-
-
 def _tokenizer(base: Any, source: AdapterSource) -> Any:
     import transformers
 
@@ -236,6 +229,15 @@ def _runnable(base: Any, adapter: Any, folder: str | Path | None, adapter_name: 
 
 def _notes(source: AdapterSource, *, groups: bool) -> list[str]:
     notes = []
+    if source.edits:
+        names = [str(one.get("name")) for edit in source.edits for one in edit["features"]]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        notes.append(
+            f"The adapter was edited after training ({', '.join(names[:5])}{more}), so drift and angles are those of "
+            "training and edits together."
+        )
+        if source.edits[-1]["digest"] != source.digest:
+            notes.append("Its weights were changed after its last recorded edit.")
     reasons: dict[str, list[str]] = {}
     for name, reason in source.left_out.items():
         reasons.setdefault(reason, []).append(name)
@@ -271,6 +273,11 @@ def _provenance(source: AdapterSource, base: Any, handles: Sequence[SaeHandle]) 
         "base_model": config.base_model_name_or_path or getattr(getattr(base, "config", None), "name_or_path", None),
         "lora_alpha": config.lora_alpha,
         "use_rslora": config.use_rslora,
+        "base_used": str(getattr(getattr(base, "config", None), "name_or_path", "") or ""),
+        "edits": [
+            {"features": edit["features"], "kind": edit.get("kind"), "parent_digest": edit.get("parent_digest")}
+            for edit in source.edits
+        ],
         "versions": package_versions(),
     }
     if subspace is not None:

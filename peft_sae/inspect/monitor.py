@@ -14,7 +14,7 @@ from ..layout import Side
 from ..sae.names import feature_name
 from ..tuner.basis import unseen_through_norm
 from .features import feature_groups
-from .places import find_places
+from .places import find_places, layout_of
 from .source import source_of_model
 
 
@@ -70,9 +70,8 @@ class SubspaceMonitor:
             )
         self._name = source.name
         groups = feature_groups(source.subspace, [])
-        depth = int(source.subspace.model.get("num_hidden_layers", 0))
         base = model.get_base_model()
-        places = find_places(source, base, source.subspace.layout, depth, [group.sae for group in groups])
+        places = find_places(source, base, *layout_of(source, base), [group.sae for group in groups])
         met: dict[tuple[str, Side, str | None], torch.Tensor] = {}
         self._modules: list[_Module] = []
         for place in places:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..artifact import digest
 from ..errors import ConfigError, MismatchError
 from ..layout import BlockLayout, Side
 from ..sae.identity import SaeIdentity
+from ..sae.placement import find_layout
 from ..tuner import SaeSubspaceConfig
 from ..tuner.basis import NormGain
 from ..tuner.norms import NormGains
@@ -54,6 +57,13 @@ class ModulePlace:
     start: torch.Tensor | None = None
 
 
+def layout_of(source: AdapterSource, base: Any) -> tuple[BlockLayout, int]:
+    """Return what the modules of a base model read and write, and its depth: as the Subspace says, or the model."""
+    if source.subspace is not None:
+        return source.subspace.layout, int(source.subspace.model.get("num_hidden_layers", 0))
+    return find_layout(base), int(base.config.get_text_config().num_hidden_layers)
+
+
 def find_places(
     source: AdapterSource, base: nn.Module, layout: BlockLayout | None, depth: int, saes: Sequence[SaeIdentity]
 ) -> list[ModulePlace]:
@@ -78,6 +88,11 @@ def find_places(
     locator = Locator(layout, depth, [Where(sae) for sae in saes], model_type=type(base).__name__, sides=sides)
     norms = NormGains(base)
     return [_place(update, modules[update.name], locator, norms, starts.get(update.name)) for update in source.updates]
+
+
+def norms_digest(places: Sequence[ModulePlace]) -> str:
+    """Return the SHA-256 of the gains of all norms that were used: other bases of the same shape have others."""
+    return digest({place.norm_name or "": place.norm.gain for place in places if place.norm is not None})
 
 
 def _place(

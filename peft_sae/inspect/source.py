@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 
-from ..adapter import read_adapter_config, read_adapter_weights
+from ..adapter import read_adapter_config, read_adapter_weights, read_edits
 from ..artifact import digest
 from ..errors import ArtifactError, ConfigError
 from ..subspace import Subspace
@@ -37,6 +37,7 @@ class AdapterSource:
         digest: SHA-256 of its weights.
         left_out: what of it is not measured: module name to reason.
         trainer_state: the log of the `Trainer` that saved it, if it lies beside it.
+        edits: what `edit_adapter` has done to it since.
     """
 
     name: str
@@ -46,6 +47,7 @@ class AdapterSource:
     digest: str
     left_out: Mapping[str, str] = field(default_factory=dict)
     trainer_state: tuple[Mapping[str, Any], ...] = ()
+    edits: tuple[Mapping[str, Any], ...] = ()
 
 
 def source_of_folder(adapter: str | Path) -> AdapterSource:
@@ -66,13 +68,20 @@ def source_of_folder(adapter: str | Path) -> AdapterSource:
         raise ArtifactError(f"The configuration in '{folder}' cannot be used ({error}). Save it again.") from error
     subspace = Subspace.from_pretrained(folder) if (folder / "subspace").is_dir() else None
     record = getattr(config, "basis_record", None)
+    if subspace is None and record is not None and record["digest"] is not None:
+        raise ArtifactError(
+            f"The adapter in '{folder}' was built from the Subspace {record['digest'][:12]}..., and its folder "
+            "'subspace' is missing, so it cannot be told what it started from or what it protects. Put it back, or use "
+            "export_lora to go on with it as a plain LoRA adapter."
+        )
     if subspace is not None and record is not None and record["digest"] not in (None, subspace.digest):
         raise ArtifactError(
             f"The Subspace in '{folder}' has the digest {subspace.digest[:12]}..., and the adapter was built from "
             f"{record['digest'][:12]}.... Put its own Subspace back."
         )
     updates, left_out = _updates_of_tensors(weights, config, folder)
-    return AdapterSource(str(folder), config, updates, subspace, digest(weights), left_out, _read_trainer_state(folder))
+    state, edits = _read_trainer_state(folder), tuple(read_edits(folder))
+    return AdapterSource(str(folder), config, updates, subspace, digest(weights), left_out, state, edits)
 
 
 def source_of_model(model: PeftModel, adapter_name: str | None = None) -> AdapterSource:
@@ -95,8 +104,19 @@ def source_of_model(model: PeftModel, adapter_name: str | None = None) -> Adapte
     base = model.get_base_model()
     updates, left_out = [], {}
     for module_name, module in base.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper) and name in getattr(module, "_adapters", ()):
+            left_out[module_name] = _WHOLE
         if not isinstance(module, LoraLayer):
             continue
+        if getattr(module, "merged", False):
+            raise ConfigError(
+                f"The adapter is merged into {module_name!r}, so the base weights are not the base's own. Call "
+                "unmerge_adapter() first."
+            )
+        if name in getattr(module, "lora_magnitude_vector", {}):
+            left_out[f"{module_name}.lora_magnitude_vector"] = _MAGNITUDE
+        if name in module.lora_B and getattr(module.lora_B[name], "bias", None) is not None:
+            left_out[f"{module_name}.lora_B.bias"] = _BIAS
         if name in module.lora_A:
             a, b = (factors[name].weight.detach() for factors in (module.lora_A, module.lora_B))
             reason = _why_left_out(a, b)
@@ -118,6 +138,9 @@ def source_of_model(model: PeftModel, adapter_name: str | None = None) -> Adapte
 
 
 _EMBEDDING = "an embedding reads token ids, not activations"
+_MAGNITUDE = "DoRA's magnitudes rescale the whole weight; measured is the low-rank part"
+_BIAS = "a bias writes whatever is read"
+_WHOLE = "trained as a whole (modules_to_save)"
 
 
 def _updates_of_tensors(
@@ -133,11 +156,13 @@ def _updates_of_tensors(
         elif ".lora_embedding_" in name:
             left_out[name.split(".lora_embedding_")[0]] = _EMBEDDING
         elif "lora_magnitude_vector" in name:
-            left_out[name] = "DoRA's magnitudes rescale the whole weight; measured is the low-rank part"
+            left_out[name] = _MAGNITUDE
+        elif name.endswith(".lora_B.bias"):
+            left_out[name] = _BIAS
         elif ".lora_" in name:
             left_out[name] = "not one of the two factors"
         else:
-            left_out[name] = "trained as a whole (modules_to_save)"
+            left_out[name] = _WHOLE
     updates = []
     for name, pair in sorted(pairs.items(), key=lambda item: _natural(item[0])):
         if set(pair) != {"A", "B"}:

@@ -20,7 +20,8 @@ class SubspaceCallback(TrainerCallback):  # type: ignore[misc]
     Every `every` steps (and at the first and the last one) there is an entry with `subspace/drift`, the share of the
     update's energy outside the bases it started from; `subspace/in_basis`, the rest; `subspace/norm`; and
     `subspace/read/<feature>` or `subspace/write/<feature>`, the shares of the features whose shares have changed most
-    since the entry before. They are in the Trainer's log history too.
+    since the entry before, and from then on in every entry, so that they make curves. They are in the Trainer's log
+    history too. For adapters of the type SAE_SUBSPACE.
 
         trainer = SFTTrainer(model, ...)
         trainer.add_callback(SubspaceCallback(trainer))
@@ -28,7 +29,7 @@ class SubspaceCallback(TrainerCallback):  # type: ignore[misc]
     Args:
         trainer: the Trainer, of transformers or derived from it (TRL).
         every: steps between two entries.
-        top: features per entry.
+        top: features that an entry may add.
 
     Raises:
         ConfigError: an argument is out of range.
@@ -41,6 +42,7 @@ class SubspaceCallback(TrainerCallback):  # type: ignore[misc]
         self._monitor: SubspaceMonitor | None = None
         self._before: Snapshot | None = None
         self._last_step = -1
+        self._shown: dict[Any, None] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Find where the adapter's modules are, before any time is spent.
@@ -55,7 +57,7 @@ class SubspaceCallback(TrainerCallback):  # type: ignore[misc]
                 "with get_peft_model, or remove the callback."
             )
         self._monitor = SubspaceMonitor(model)
-        self._before, self._last_step = self._monitor.measure(), -1
+        self._before, self._last_step, self._shown = self._monitor.measure(), -1, {}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log if it is time."""
@@ -82,7 +84,8 @@ class SubspaceCallback(TrainerCallback):  # type: ignore[misc]
         entry = {"subspace/norm": found.norm}
         if found.in_basis is not None and found.drift is not None:
             entry |= {"subspace/drift": found.drift, "subspace/in_basis": found.in_basis}
-        entry |= {f"subspace/{side}/{name}": found.shares[name, side] for name, side in self._changed(found)}
+        self._shown |= dict.fromkeys(self._changed(found))
+        entry |= {f"subspace/{side}/{name}": found.shares[name, side] for name, side in self._shown}
         self._before = found
         wanted = control.should_log
         # Not `trainer.log`: TRL's adds what it has gathered for its own next entry, and forgets it.

@@ -347,8 +347,8 @@ def test_a_protected_adapter_without_its_subspace(trained, refused, tmp_path, sa
     adapter = trained(protected={"blocks.1.hook_resid_mid": 2})
     (adapter / "subspace").rename(tmp_path / "elsewhere")
     refused(
-        ConfigError,
-        "protects features, and its Subspace.* Put the adapter's `subspace` folder back",
+        ArtifactError,
+        "'subspace' is missing.* Put it back",
         adapter,
         remove=["0:3"],
         saes=saes,
@@ -390,3 +390,19 @@ def test_a_result_too_large_for_its_dtype(trained, refused, saes):
 def test_two_saes_at_one_place(trained, refused):
     saes = [make_sae(HOOKS[0]), make_sae(HOOKS[0], seed=1)]
     refused(MismatchError, "have the same hook point", trained(kind="LORA"), remove=["0:1"], saes=saes)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+def test_keeping_features_beside_a_bias_is_refused(trained, tmp_path):
+    adapter = trained(kind="SAE_SUBSPACE", ranks={"blocks.1.hook_resid_post": 4}, lora_bias=True)
+    with pytest.raises(ConfigError, match=r"bias .*writes whatever is read"):
+        edit_adapter(adapter, tmp_path / "edited", keep=["1:2"])
+
+
+def test_edits_without_effect_and_beyond_measure_are_told(trained, tmp_path, caplog):
+    adapter = trained(ranks={"blocks.1.hook_resid_post": 4}, r="auto")
+    edit_adapter(adapter, tmp_path / "one", remove=["1:2"])
+    edit_adapter(tmp_path / "one", tmp_path / "two", remove=["1:2"])
+    assert "Nothing changed" in caplog.text
+    edit_adapter(adapter, tmp_path / "large", scale={"1:2": 1000.0})
+    assert "1:2 by 1000" in caplog.text

@@ -129,6 +129,7 @@ def _feature(draw: random.Random, hook: int, index: int, side: str) -> dict:
         "modules": 7,
         "share": share,
         "times_chance": share * WIDTH,
+        "times_typical": share * WIDTH / 2,
         "unique": share * draw.uniform(0.4, 1) if chosen else None,
         "sign": draw.uniform(-0.6, 0.6) if index < 40 else None,
         "top_module": f"model.layers.{hook + draw.randint(-2, 1)}.self_attn.{'q' if side == 'read' else 'v'}_proj",

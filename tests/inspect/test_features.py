@@ -87,6 +87,7 @@ def test_sign_says_whether_the_update_adds_to_the_base_weights(tmp_path, factor)
     # Of overlapping features the basis holds the main part, so the agreement is close to 1, not 1.
     assert (table["sign"] * (1 if factor > 0 else -1) > 0.8).all()
     assert inspect_adapter(trained.adapter).features["sign"].isna().all()  # no weights
+    assert inspect_adapter(trained.model, saes=trained.saes).features["sign"].notna().all()  # of other features too
 
 
 @pytest.mark.parametrize("kind", ["sae", "lora"])
@@ -105,6 +106,10 @@ def test_given_saes_show_all_features(tmp_path, kind):
         energy = sum(_energy(trained, name, decoder[row.feature]) for name in mine)
         total = sum(float(trained.deltas[name].square().sum()) for name in mine)
         assert row.share == pytest.approx(energy / total, rel=1e-4)
+    for (hook, side), rows in found.features.groupby(["hook_name", "side"]):
+        typical = torch.tensor(rows["share"].tolist(), dtype=torch.float64).median()
+        assert rows["times_typical"].tolist() == pytest.approx((rows["share"] / float(typical)).tolist()), (hook, side)
+    assert inspect_adapter(trained.adapter).features["times_typical"].isna().all()
     few = inspect_adapter(trained.adapter, saes=trained.saes, others=3).features
     assert len(few) == chosen.sum() + 3 * 4
     kept = found.features[~chosen].groupby(["hook_name", "side"]).head(3)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from peft_sae import inspect_adapter, merge_checkpoint
+from peft_sae import edit_adapter, export_lora, inspect_adapter, merge_checkpoint
 from peft_sae.errors import ArtifactError, ConfigError, MismatchError
 from tests.tiny import make_model
 
@@ -112,12 +112,38 @@ def test_the_subspace_of_another_adapter_is_refused(trained, tmp_path):
         inspect_adapter(trained.adapter)
 
 
-def test_without_its_subspace_there_is_no_drift_to_tell(trained):
+def test_a_missing_subspace_is_told(trained):
     shutil.rmtree(trained.adapter / "subspace")
-    found = inspect_adapter(trained.adapter)
-    assert found.modules["in_basis"].isna().all()
-    assert found.modules["norm"].min() > 0
-    assert any("no Subspace" in note for note in found.notes)
+    with pytest.raises(ArtifactError, match=r"'subspace' is missing.*Put it back"):
+        inspect_adapter(trained.adapter)
+
+
+def test_edits_are_told(trained, tmp_path):
+    name = inspect_adapter(trained.adapter).features["name"][0]
+    edit_adapter(trained.adapter, tmp_path / "edited", remove=[name])
+    found = inspect_adapter(tmp_path / "edited")
+    assert found.provenance["edits"][0]["features"][0]["name"] == name
+    assert any("edited after training" in note and name in note for note in found.notes)
+    assert inspect_adapter(trained.adapter).provenance["edits"] == []
+    export_lora(tmp_path / "edited", tmp_path / "lora")
+    record = json.loads((tmp_path / "lora" / "sae_subspace.json").read_text())
+    assert record["edits"][0]["features"][0]["name"] == name
+
+
+def test_another_base_of_the_same_shape_is_told(trained, tmp_path):
+    make_model(seed=7).save_pretrained(tmp_path / "other")
+    own, other = inspect_adapter(trained.adapter), inspect_adapter(trained.adapter, tmp_path / "other")
+    assert own.provenance["norms_digest"] != other.provenance["norms_digest"]
+    assert own.provenance["norms_digest"] == inspect_adapter(trained.adapter, make_model()).provenance["norms_digest"]
+    assert other.provenance["base_used"].endswith("other")
+    assert any("other' was used" in note for note in other.notes)
+    assert not own.notes
+
+
+def test_a_merged_adapter_is_refused(trained):
+    trained.model.merge_adapter()
+    with pytest.raises(ConfigError, match=r"merged into .*unmerge_adapter"):
+        inspect_adapter(trained.model)
 
 
 def test_a_base_that_is_not_there_is_told_with_the_remedy(trained):
@@ -141,12 +167,21 @@ def test_what_is_no_matrix_is_left_out_and_told(tmp_path):
     trained = train(
         tmp_path, kind="lora", targets=["q_proj", "embed_tokens"], modules_to_save=["lm_head"], use_dora=True
     )
-    found = inspect_adapter(trained.adapter)
-    assert len(found.modules) == 3
-    notes = " ".join(found.notes)
-    assert "embedding reads token ids" in notes
-    assert "modules_to_save" in notes
-    assert "DoRA" in notes
+    for adapter in (trained.adapter, trained.model):
+        found = inspect_adapter(adapter)
+        assert len(found.modules) == 3
+        notes = " ".join(found.notes)
+        assert "embedding reads token ids" in notes
+        assert "modules_to_save" in notes
+        assert "DoRA" in notes
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed", "ignore:Adapter 'default'. 21 LoRA tensor")
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_a_bias_beside_the_factors_is_told(tmp_path, in_memory):
+    trained = train(tmp_path, kind="lora", lora_bias=True)
+    (note, _) = inspect_adapter(trained.model if in_memory else trained.adapter).notes
+    assert "lora_B.bias and 20 more: a bias writes whatever is read" in note
 
 
 @pytest.mark.parametrize("options", [{"others": -1}, {"top_examples": -1}, {"batch_size": 0}])

@@ -37,9 +37,13 @@ def test_reporters_and_history_get_the_entries(tmp_path):
     trainer.train()
     entries = _entries(reporter.seen)
     assert list(entries) == [1, 3, 6, 7]
-    for logs in entries.values():
+    shown = set()
+    for number, logs in enumerate(entries.values(), start=1):
         assert logs["subspace/drift"] == pytest.approx(1 - logs["subspace/in_basis"])
-        assert sum(name.startswith(("subspace/read/", "subspace/write/")) for name in logs) == 2
+        features = {name for name in logs if name.startswith(("subspace/read/", "subspace/write/"))}
+        assert 2 <= len(features) <= 2 * number
+        assert shown <= features  # so that they make curves
+        shown = features
     history = {entry["step"]: entry for entry in trainer.state.log_history if "subspace/norm" in entry}
     assert history.keys() == entries.keys()
     full = inspect_adapter(model)

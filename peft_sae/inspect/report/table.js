@@ -73,7 +73,7 @@ function picked(row, key, wanted) {
 
 function table(holder, view, rows, name) {
   const state = { sort: view.columns.find((one) => one.key === view.sort) ?? null, turn: -1, shown: PAGE };
-  const found = new Map(rows.map((row) => [row, words(row)]));
+  const found = new Map(rows.map((row) => [row, `${words(row)} ${row.block}:${row.feature}`]));
   const search = element("input", { type: "search", id: `${name}-search`, placeholder: view.hint, autocomplete: "off" });
   const controls = [element("label", {}, "Search", search)];
   const picks = view.picks.filter((pick) => rows.some((row) => typeof row[pick.key] === "string" || pick.key === "change"));

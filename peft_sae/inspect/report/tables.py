@@ -42,6 +42,7 @@ _FEATURES = (
     Column("side", "side", "side"),
     Column("share", "share", "share"),
     Column("times_chance", "× chance", "times"),  # noqa: RUF001
+    Column("times_typical", "× typical", "times"),  # noqa: RUF001
     Column("unique", "unique", "share"),
     Column("sign", "sign", "signed"),
     Column("top_module", "top module", "text"),
