@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 from peft_sae import inspect_adapter
 from peft_sae.errors import ConfigError, DataError
 from peft_sae.inspect import language
+from tests.statistics.dense import ratio_standard_error
 from tests.tiny import make_model, make_tokenizer
 
 from .dense import train
@@ -114,11 +115,15 @@ def test_activations_are_those_of_base_and_merged_model(tmp_path, family):
             sums.append(handle.encode(torch.cat([state[place][0, 1:] for state in states]).float()).double())
         table = found.activations[found.activations["hook_name"] == handle.identity.hook_name].set_index("feature")
         before, after = (one.mean(0) for one in sums)
+        owners = torch.cat([torch.full((len(tokenizer(text)["input_ids"]) - 1,), n) for n, text in enumerate(TEXTS)])
+        errors = torch.stack([ratio_standard_error(one, owners) for one in sums]).norm(dim=0)
         for feature in table.index:
             row = table.loc[feature]
             assert row["mean_before"] == pytest.approx(float(before[feature]), rel=1e-4, abs=1e-5)
             assert row["mean_after"] == pytest.approx(float(after[feature]), rel=1e-4, abs=1e-5)
             assert row["change"] == pytest.approx(row["mean_after"] - row["mean_before"])
+            assert row["error"] == pytest.approx(float(errors[feature]), rel=1e-3, abs=1e-6)
+            assert row["rate_before"] == pytest.approx(float((sums[0][:, feature] > 0).double().mean()), abs=0.06)
             assert row["rate_after"] == pytest.approx(float((sums[1][:, feature] > 0).double().mean()), abs=0.06)
         silent = ((after - before) == 0).nonzero().squeeze(1).tolist()
         assert set(range(64)) - set(table.index) <= set(silent)

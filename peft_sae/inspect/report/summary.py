@@ -96,6 +96,10 @@ def highlights(found: dict[str, Any]) -> list[tuple[str, str]]:
             best = max(rows, key=lambda row: row["share"])
             times = best.get("times_chance")
             beside = "" if times is None else f", {number(times, 2)} times what a random direction has"
+            typical = best.get("times_typical")
+            beside += (
+                "" if typical is None else f" and {number(typical, 2)} times what its SAE's features typically have"
+            )
             lines.append((verb, f"{called(best)}: {percent(best['share'])} of the update's energy{beside}"))
     changed = [row for row in found["activations"] or [] if row.get("change")]
     for verb, sign in (("Strengthened most", 1), ("Weakened most", -1)):
