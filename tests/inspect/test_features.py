@@ -82,10 +82,24 @@ def test_sign_says_whether_the_update_adds_to_the_base_weights(tmp_path, factor)
                 b.weight.data = factor / scale * weight @ torch.linalg.pinv(a.weight.detach())
             else:
                 a.weight.data = factor / scale * torch.linalg.pinv(b.weight.detach()) @ weight
-    table = inspect_adapter(trained.model, others=0).features
-    assert len(table)
-    # Of overlapping features the basis holds the main part, so the agreement is close to 1, not 1.
-    assert (table["sign"] * (1 if factor > 0 else -1) > 0.8).all()
+    found = inspect_adapter(trained.model, others=0)
+    near = {row.module: row.hook_name for row in found.modules.itertuples()}
+    decoders = {handle.identity.hook_name: handle.decoder for handle in trained.saes}
+    base = trained.model.get_base_model()
+    assert len(found.features)
+    for row in found.features.itertuples():
+        agreement = energy = 0.0
+        for name, delta in trained.deltas.items():
+            if trained.side(name) != row.side or near[name] != row.hook_name:
+                continue
+            (met,) = trained.met(name, decoders[row.hook_name][row.feature][None])
+            weight = base.get_submodule(name).get_base_layer().weight.detach().double()
+            seen = [(matrix if row.side == "read" else matrix.T) @ met for matrix in (weight, delta)]
+            agreement += float(torch.cosine_similarity(*seen, dim=0) * seen[1].square().sum())
+            energy += float(seen[1].square().sum())
+        assert row.sign == pytest.approx(agreement / energy, abs=1e-5)
+        # Of overlapping features the basis holds the main part, so the agreement is not full.
+        assert row.sign * factor > 0.5 * abs(factor)
     assert inspect_adapter(trained.adapter).features["sign"].isna().all()  # no weights
     assert inspect_adapter(trained.model, saes=trained.saes).features["sign"].notna().all()  # of other features too
 
