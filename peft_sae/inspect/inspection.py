@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +123,8 @@ def inspect_adapter(
     if data is not None:
         if tokenizer is None:
             tokenizer = _tokenizer(base, source)
-        folder = None if isinstance(adapter, PeftModel) else adapter
-        with _runnable(base, adapter, folder, adapter_name) as adapted:
+        in_memory = isinstance(adapter, PeftModel)
+        with with_adapter(adapter if in_memory else base, None if in_memory else adapter, source.name) as adapted:
             limit = context_length(adapted.model, max_length)
             bos = prepends_bos(handles)  # as the SAEs were trained; without any, as the tokenizer does by itself
             reader = ExampleReader(tokenizer, tokens=tokens, max_length=limit, prepend_bos=bos)
@@ -186,6 +185,11 @@ def _open(
             f"model is a PeftModel, and the adapter is in '{adapter}'. Give the PeftModel as the adapter if that is "
             "the one to look into, or the base model."
         )
+    if isinstance(adapter, nn.Module):
+        raise ConfigError(
+            f"The adapter is given as a {type(adapter).__name__}, and a folder or a PeftModel is needed. Save it with "
+            "save_pretrained, or make the model with get_peft_model or PeftModel.from_pretrained."
+        )
     source = source_of_folder(adapter)
     name = source.config.base_model_name_or_path if model is None else model
     if isinstance(name, nn.Module):
@@ -219,12 +223,6 @@ def _tokenizer(base: Any, source: AdapterSource) -> Any:
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"There is no tokenizer beside '{name}' ({error}). Give it with tokenizer=...") from error
-
-
-@contextmanager
-def _runnable(base: Any, adapter: Any, folder: str | Path | None, adapter_name: str | None) -> Iterator[Any]:
-    with with_adapter(adapter if folder is None else base, folder, adapter_name) as adapted:
-        yield adapted
 
 
 def _notes(source: AdapterSource, *, groups: bool) -> list[str]:

@@ -30,15 +30,16 @@ class SubspaceCallback(TrainerCallback):  # type: ignore[misc]
         trainer: the Trainer, of transformers or derived from it (TRL).
         every: steps between two entries.
         top: features that an entry may add.
+        adapter_name: which adapter of the model; by default the active one.
 
     Raises:
         ConfigError: an argument is out of range.
     """
 
-    def __init__(self, trainer: Trainer, *, every: int = 50, top: int = 5) -> None:
+    def __init__(self, trainer: Trainer, *, every: int = 50, top: int = 5, adapter_name: str | None = None) -> None:
         if every < 1 or top < 0:
             raise ConfigError(f"every={every} must be 1 or more, and top={top} 0 or more.")
-        self._trainer, self._every, self._top = trainer, every, top
+        self._trainer, self._every, self._top, self._name = trainer, every, top, adapter_name
         self._monitor: SubspaceMonitor | None = None
         self._before: Snapshot | None = None
         self._last_step = -1
@@ -56,8 +57,16 @@ class SubspaceCallback(TrainerCallback):  # type: ignore[misc]
                 f"The Trainer's model is a {type(model).__name__}, and SubspaceCallback watches a PeftModel. Make it "
                 "with get_peft_model, or remove the callback."
             )
-        self._monitor = SubspaceMonitor(model)
-        self._before, self._last_step, self._shown = self._monitor.measure(), -1, {}
+        self._monitor = SubspaceMonitor(model, self._name)
+        self._before, self._last_step = self._monitor.measure(), -1
+        logged = {key for entry in state.log_history for key in entry}  # of the run that is resumed
+        self._shown = (
+            {}
+            if self._before is None
+            else dict.fromkeys(
+                (name, side) for name, side in self._before.shares if f"subspace/{side}/{name}" in logged
+            )
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Log if it is time."""
@@ -65,8 +74,8 @@ class SubspaceCallback(TrainerCallback):  # type: ignore[misc]
             self._log(state, control)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Log the end, unless that was logged as a step."""
-        if state.global_step != self._last_step:
+        """Log the end, unless that was logged as a step, or the model is that of an earlier one now."""
+        if state.global_step != self._last_step and not args.load_best_model_at_end:
             self._log(state, control)
 
     def _log(self, state: Any, control: Any) -> None:

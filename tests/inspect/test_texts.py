@@ -5,6 +5,8 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoModelForCausalLM
 
 from peft_sae import inspect_adapter
@@ -140,39 +142,67 @@ def test_activations_are_those_of_base_and_merged_model(tmp_path, family):
     json.loads(found.to_json())
 
 
-@pytest.mark.parametrize("in_memory", [False, True])
+def _state(model):
+    """What must not change; hooks by their keys, tuner layers by what they do."""
+    modules = dict(model.named_modules())
+    layers = {name: module for name, module in modules.items() if isinstance(module, BaseTunerLayer)}
+    return (
+        {name: (id(module), module.training) for name, module in modules.items()},
+        {name: (id(value), value.requires_grad, value._version) for name, value in model.named_parameters()},
+        [(list(module._forward_hooks), list(module._forward_pre_hooks)) for module in modules.values()],
+        {name: id(value) for name, value in vars(model).items()},
+        {
+            name: (list(layer.active_adapters), layer.disable_adapters, dict(layer.scaling))
+            for name, layer in layers.items()
+        },
+        getattr(model, "active_adapter", None) if isinstance(model, PeftModel) else None,
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`[a-z_]*gradient_checkpointing[a-z_]*` is deprecated:FutureWarning")
+@pytest.mark.parametrize("kind", ["base", "checkpointing", "in memory", "two active", "disabled", "another active"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_left_as_it_was(tmp_path, in_memory, fails, monkeypatch):
+def test_the_model_is_left_as_it_was(tmp_path, kind, fails, monkeypatch):
     trained = train(tmp_path)
-    model = trained.model if in_memory else make_model()
-    model.train()
-    model.get_submodule("base_model.model.model.layers.1" if in_memory else "model.layers.1").eval()
-    next(model.parameters()).requires_grad_(False)
+    expected = inspect_adapter(trained.adapter, data=TEXTS, **QUIET).summary["kl"]
+    adapter, model = (trained.adapter, make_model()) if kind in ("base", "checkpointing") else (trained.model, None)
+    held = trained.model if model is None else model
+    if kind == "checkpointing":
+        held.gradient_checkpointing_enable()
+        held.enable_input_require_grads()
+    if kind in ("two active", "another active"):
+        held.add_adapter("other", LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        if kind == "two active":
+            held.base_model.set_adapter(["default", "other"])
+        else:
+            held.set_adapter("other")
+    if kind == "disabled":
+        held.base_model.disable_adapter_layers()
+    held.train()
+    next(module for name, module in held.named_modules() if name.endswith("layers.1")).eval()
+    next(held.parameters()).requires_grad_(False)
     if fails:
         monkeypatch.setattr("peft_sae.inspect.inspection.compare_activations", lambda *_, **__: 1 / 0)
-
-    def state():
-        return (
-            {name: id(module) for name, module in model.named_modules()},
-            {name: module.training for name, module in model.named_modules()},
-            {name: (id(value), value.requires_grad, value._version) for name, value in model.named_parameters()},
-            {
-                name: len(module._forward_hooks) + len(module._forward_pre_hooks)
-                for name, module in model.named_modules()
-            },
-            set(vars(model)),
-            model.active_adapters if in_memory else None,
-        )
-
-    before = state()
-    options = {"data": TEXTS, "saes": trained.saes, "tokenizer": make_tokenizer(), **QUIET}
+    before = _state(held)
+    options = {"data": TEXTS, "saes": trained.saes, "tokenizer": make_tokenizer(), "adapter_name": "default", **QUIET}
     if fails:
         with pytest.raises(ZeroDivisionError):
-            inspect_adapter(model if in_memory else trained.adapter, None if in_memory else model, **options)
+            inspect_adapter(adapter, model, **options)
     else:
-        found = inspect_adapter(model if in_memory else trained.adapter, None if in_memory else model, **options)
-        assert found.summary["kl"] > 0
-    assert state() == before
+        assert inspect_adapter(adapter, model, **options).summary["kl"] == pytest.approx(expected, rel=1e-4)
+    assert _state(held) == before
+
+
+def test_a_base_that_holds_adapters_is_refused(tmp_path):
+    trained = train(tmp_path)
+    model = make_model()
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), adapter_name="mine")
+    before = _state(model)
+    with pytest.raises(ConfigError, match=r"holds adapters already \(at 'model.layers.0.self_attn.q_proj'\)"):
+        inspect_adapter(trained.adapter, model, data=TEXTS, tokenizer=make_tokenizer(), **QUIET)
+    assert _state(model) == before
+    with pytest.raises(ConfigError, match="given as a LlamaForCausalLM, and a folder or a PeftModel is needed"):
+        inspect_adapter(model)
 
 
 def test_data_may_be_given_once(tmp_path):
