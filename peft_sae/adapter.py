@@ -15,6 +15,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 EDIT_FILE = "edit.json"
 EDIT_SCHEMA, EDIT_SCHEMA_VERSION = "peft_sae.edit", 1
+_LARGEST_RECORD = 2**27  # bytes
+_LARGEST_FACTOR = 1e300  # also keeps NaN and infinity out
 _WEIGHT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MERGEABLE_TYPES = ("SAE_SUBSPACE", "LORA")
 
@@ -87,13 +89,26 @@ def read_edits(adapter: str | Path) -> list[dict[str, Any]]:
         ArtifactError: the record is damaged, or of a newer schema.
     """
     path = Path(adapter) / EDIT_FILE
-    if not path.exists():
+    if not path.is_symlink() and not path.exists():
         return []
+    if not path.is_file() or path.stat().st_size > _LARGEST_RECORD:
+        raise ArtifactError(f"'{path}' is no record of edits, so earlier edits are not known. Copy the adapter again.")
     edits = read_json(path, schema=EDIT_SCHEMA, newest=EDIT_SCHEMA_VERSION).get("edits")
     known = isinstance(edits, list) and all(
-        isinstance(edit, dict) and isinstance(edit.get("digest"), str) and isinstance(edit.get("features"), list)
+        isinstance(edit, dict)
+        and isinstance(edit.get("digest"), str)
+        and edit.get("kind") in ("scale", "keep")
+        and isinstance(edit.get("features"), list)
+        and all(_is_edited_feature(one) for one in edit["features"])
         for edit in edits
     )
     if not known or not edits:
         raise ArtifactError(f"'{path}' is malformed, so earlier edits are not known. Copy the adapter again.")
     return list(edits)
+
+
+def _is_edited_feature(entry: Any) -> bool:
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        return False
+    factor = entry.get("factor")
+    return isinstance(factor, (int, float)) and not isinstance(factor, bool) and abs(factor) < _LARGEST_FACTOR

@@ -12,15 +12,54 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
-def model_class(config: Any) -> Any:
-    """The class that wrote a checkpoint, so that a classifier keeps its head; a causal language model if unknown."""
+def open_base(base: str | Path) -> tuple[Any, Any]:
+    """Return the configuration of a base model, and the class that wrote the checkpoint.
+
+    So a classifier keeps its head; where the class is unknown it is that of a causal language model.
+
+    Args:
+        base: folder or Hub id.
+
+    Raises:
+        ArtifactError: it cannot be read, or names code to run.
+    """
     import transformers
 
-    name = (config.architectures or [""])[0]
-    found = getattr(transformers, str(name), None)
+    try:
+        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
+        name = str((config.architectures or [""])[0])
+        attention = [getattr(config, key, None) for key in ("_attn_implementation", "_experts_implementation")]
+    except Exception as error:  # whatever transformers makes of a file that may hold anything
+        raise ArtifactError(f"The base model '{base}' cannot be loaded ({error}). Check the path or the id.") from error
+    for wanted in attention:
+        if isinstance(wanted, str) and not wanted.isidentifier():
+            raise ArtifactError(
+                f"The configuration of '{base}' names {wanted!r} as its implementation, which is code from elsewhere, "
+                "and no code is fetched or run for a file's sake. Remove it from config.json."
+            )
+    found = getattr(transformers, name, None)
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-        return found
-    return transformers.AutoModelForCausalLM
+        return config, found
+    return config, transformers.AutoModelForCausalLM
+
+
+def load_base(base: str | Path, *, dtype: Any = "auto") -> Any:
+    """Load a base model from its checkpoint in safetensors.
+
+    Args:
+        base: folder or Hub id.
+        dtype: of the weights; `"auto"` takes them as they are.
+
+    Raises:
+        ArtifactError: it cannot be loaded, or its index names files outside its folder.
+    """
+    config, kind = open_base(base)
+    if Path(base).is_dir():
+        tensor_files(base)  # for its checks
+    try:
+        return kind.from_pretrained(base, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    except Exception as error:
+        raise ArtifactError(f"The base model '{base}' cannot be loaded ({error}). Check the path or the id.") from error
 
 
 def tensor_files(base: str | Path) -> dict[str, Path]:

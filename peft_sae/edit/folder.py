@@ -11,7 +11,7 @@ from ..errors import ArtifactError
 
 _REPLACED = (WEIGHTS_FILE, EDIT_FILE)
 # Other copies of the weights of before the edit, and the state of a training that does not go on from the edited ones.
-_STALE = ("adapter_model.bin", "checkpoint-*", "global_step*", "optimizer*", "scheduler.pt", "scaler.pt", "rng_state*")
+_STALE = ("*.bin", "*.pt", "*.pkl", "checkpoint-*", "global_step*", "optimizer*", "rng_state*")
 _NEEDED = (CONFIG_FILE, "subspace")
 
 

@@ -25,4 +25,4 @@ def edits_section(edits: Sequence[Mapping[str, Any]]) -> str:
 def _done(edit: Mapping[str, Any], feature: Mapping[str, Any]) -> str:
     if edit.get("kind") == "keep":
         return ""
-    return " removed" if not feature.get("factor") else f" times {feature.get('factor')}"
+    return " removed" if not feature.get("factor") else f" times {float(feature['factor']):g}"

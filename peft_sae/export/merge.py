@@ -8,11 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-
 from ..adapter import read_adapter_config, read_adapter_weights
 from ..artifact import check_target, replace_folder
-from ..checkpoint import model_class
+from ..checkpoint import load_base
 from ..errors import ArtifactError, ConfigError, MismatchError
 
 if TYPE_CHECKING:
@@ -54,7 +52,7 @@ def merge_checkpoint(
     read_adapter_config(adapter)
     weights = read_adapter_weights(adapter)
     with replace_folder(output) as folder:
-        merged = _merge(_load_base(base, dtype), base, adapter, weights)
+        merged = _merge(load_base(base, dtype=dtype or "auto"), base, adapter, weights)
         merged.save_pretrained(folder, max_shard_size=max_shard_size)
         _copy_tokenizer(base, folder)
     return Path(output)
@@ -87,16 +85,6 @@ def _merge(model: Any, base: str | Path, adapter: str | Path, weights: Mapping[s
             f"Merging '{adapter}' into '{base}' gives NaN or infinity ({error}). One of the two holds such values, or "
             "the update is too large; train again with a lower learning rate."
         ) from error
-
-
-def _load_base(base: str | Path, dtype: str | torch.dtype | None) -> Any:
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
-        return model_class(config).from_pretrained(base, dtype=dtype or "auto", trust_remote_code=False)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ArtifactError(f"The base model '{base}' cannot be loaded ({error}). Check the path or the id.") from error
 
 
 def _copy_tokenizer(base: str | Path, folder: Path) -> None:

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..checkpoint import model_class, tensor_files
+from ..checkpoint import open_base, tensor_files
 from ..errors import ArtifactError
 
 _NORM = "norm"
+_MOST_BLOCKS = 10_000
 _LARGEST_NORM = 2**20  # elements; a norm has one value per channel
 
 
@@ -47,18 +48,19 @@ def open_skeleton(base: str | Path) -> nn.Module:
 
 
 def _build(base: str | Path) -> nn.Module:
-    import transformers
-
     try:
-        config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
-        kind = model_class(config)
-        build = kind.from_config if kind is transformers.AutoModelForCausalLM else kind._from_config
+        config, kind = open_base(base)
+        depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if isinstance(depth, int) and depth > _MOST_BLOCKS:
+            raise ArtifactError(f"its configuration has {depth} blocks")
+        # A class that only picks others has another name for the same.
+        build = getattr(kind, "_from_config", None) or kind.from_config
         with torch.device("meta"):
-            model: nn.Module = build(config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            model: nn.Module = build(config, attn_implementation="eager")
+    except Exception as error:  # whatever a model makes of sizes from a file
         raise ArtifactError(
             f"The base model '{base}' cannot be opened ({error}), and its norms are needed to know what its modules "
-            "read and write. Give it with model=..., as a loaded model or as its folder."
+            "read and write. Give it with model=... (on the command line --base), loaded or as its folder."
         ) from error
     return model
 

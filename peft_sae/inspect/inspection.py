@@ -11,8 +11,8 @@ from peft import PeftModel
 from torch import nn
 
 from ..artifact import package_versions
-from ..checkpoint import model_class
-from ..errors import ArtifactError, ConfigError
+from ..checkpoint import load_base
+from ..errors import ConfigError
 from ..sae.handle import SaeHandle, as_handles, check_distinct
 from ..sae.identity import SaeIdentity
 from ..sae.names import feature_name
@@ -198,27 +198,13 @@ def _open(
         raise ConfigError(
             f"The adapter in '{adapter}' does not name its base model. Give it with model=..., loaded or as its folder."
         )
-    return source, _load(name) if run else open_skeleton(name)
-
-
-def _load(name: str | Path) -> nn.Module:
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        model: nn.Module = model_class(config).from_pretrained(name, dtype="auto", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"The base model '{name}' cannot be loaded ({error}), and it is needed to run the data. Give it with "
-            "model=..."
-        ) from error
-    return model
+    return source, load_base(name) if run else open_skeleton(name)
 
 
 def _tokenizer(base: Any, source: AdapterSource) -> Any:
     import transformers
 
-    name = source.config.base_model_name_or_path or getattr(base.config, "name_or_path", "")
+    name = getattr(base.config, "name_or_path", "") or source.config.base_model_name_or_path  # that which is run
     try:
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:

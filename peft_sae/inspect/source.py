@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from ..tuner import SaeSubspaceConfig
 from .update import LowRankUpdate
 
 _PREFIX = "base_model.model."
+_LARGEST_LOG = 2**26  # bytes
+_LARGEST_VALUE = 1e30  # what is larger is no number of a training
 _FACTOR = re.compile(r"(.+)\.lora_(A|B)(?:\.weight)?")
 
 
@@ -79,7 +82,14 @@ def source_of_folder(adapter: str | Path) -> AdapterSource:
             f"The Subspace in '{folder}' has the digest {subspace.digest[:12]}..., and the adapter was built from "
             f"{record['digest'][:12]}.... Put its own Subspace back."
         )
-    updates, left_out = _updates_of_tensors(weights, config, folder)
+    try:
+        updates, left_out = _updates_of_tensors(weights, config, folder)
+    except (TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, re.error) as error:
+        if isinstance(error, ArtifactError):
+            raise
+        raise ArtifactError(
+            f"The configuration in '{folder}' does not say how large the updates are ({error!r}). Save it again."
+        ) from error
     state, edits = _read_trainer_state(folder), tuple(read_edits(folder))
     return AdapterSource(str(folder), config, updates, subspace, digest(weights), left_out, state, edits)
 
@@ -179,6 +189,8 @@ def _updates_of_tensors(
                 f"{tuple(pair['B'].shape)}, which do not belong together. Save it again."
             )
         a, b = _double(pair["A"]), _double(pair["B"])
+        if 0 in (*a.shape, *b.shape) or float(a.abs().max()) * float(b.abs().max()) > _LARGEST_VALUE:
+            raise ArtifactError(f"'{folder}' has factors of {name!r} that are empty or beyond measure. Save it again.")
         updates.append(LowRankUpdate(name, a, b, _scaling(config, name, int(a.shape[0]))))
     return tuple(updates), left_out
 
@@ -191,7 +203,10 @@ def _why_left_out(a: torch.Tensor, b: torch.Tensor) -> str | None:
 
 def _scaling(config: Any, name: str, rank: int) -> float:
     alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), name), config.lora_alpha)
-    return float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
+    scaling = float(alpha / (math.sqrt(rank) if config.use_rslora else rank))
+    if not abs(scaling) < _LARGEST_VALUE:
+        raise ValueError(f"scaling {scaling} of {name!r}")
+    return scaling
 
 
 def _double(tensor: torch.Tensor) -> torch.Tensor:
@@ -200,18 +215,26 @@ def _double(tensor: torch.Tensor) -> torch.Tensor:
 
 def _natural(name: str) -> list[Any]:
     """Block 10 behind block 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdigit() and len(part) < 9 else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _read_trainer_state(folder: Path) -> tuple[Mapping[str, Any], ...]:
-    import json
+    """The log of the Trainer that saved the folder; what is no log is passed over."""
+    path = folder / "trainer_state.json"
+    try:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > _LARGEST_LOG:
+            return ()
+        history = json.loads(path.read_text(encoding="utf-8")).get("log_history", [])
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ()
+    if not isinstance(history, list):
+        return ()
+    return tuple(
+        {key: value for key, value in entry.items() if _is_logged(value)}
+        for entry in history
+        if isinstance(entry, dict)
+    )
 
-    for place in (folder, folder.parent):
-        path = place / "trainer_state.json"
-        try:
-            history = json.loads(path.read_text(encoding="utf-8")).get("log_history", [])
-        except (OSError, ValueError, AttributeError, RecursionError):
-            continue
-        if isinstance(history, list):
-            return tuple(entry for entry in history if isinstance(entry, dict))
-    return ()
+
+def _is_logged(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, (int, float)) and abs(value) < _LARGEST_VALUE)
