@@ -17,7 +17,7 @@ from ..adapter import EDIT_FILE, EDIT_SCHEMA, EDIT_SCHEMA_VERSION, WEIGHTS_FILE,
 from ..artifact import check_target, check_writable, digest, package_versions, replace_folder, write_json
 from ..errors import ArtifactError, ConfigError, MismatchError
 from ..inspect.base import open_skeleton
-from ..inspect.features import feature_groups
+from ..inspect.groups import feature_groups
 from ..inspect.places import layout_of
 from ..inspect.source import AdapterSource, source_of_folder
 from ..sae.handle import SaeHandle, as_handles, check_distinct

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from ..errors import ConfigError, SelectionError
-from ..inspect.features import FeatureGroup
+from ..inspect.groups import FeatureGroup
 from ..sae.identity import SaeIdentity
 from ..sae.names import feature_name, parse_feature_name
 from ..subspace.site import unit_rows

@@ -15,7 +15,7 @@ from ..selection.tokens import TokenEffects, token_effects
 from ..statistics import FeatureStatistics, Measures, collect_statistics
 from ..statistics.records import Data
 from .adapted import Adapted
-from .features import FeatureGroup
+from .groups import FeatureGroup
 
 if TYPE_CHECKING:
     import pandas as pd

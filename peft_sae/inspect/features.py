@@ -2,117 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ..errors import MismatchError
 from ..layout import Side
-from ..sae.handle import SaeHandle
-from ..sae.identity import SaeIdentity
-from ..sae.names import feature_name
-from ..subspace import Subspace
 from ..tuner.basis import unseen_through_norm
+from .groups import FeatureGroup
 from .places import ModulePlace
 from .weights import base_weight
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _SIDES: tuple[Side, ...] = ("read", "write")
 _CHUNK = 2048  # features at a time
 _SINGULAR = 1e-10  # what is left of a direction beside the others, as a squared share, below which it is nothing
-
-FEATURE_COLUMNS = {
-    "name": "hook point and id",
-    "block": "block of the hook point",
-    "hook_name": "hook point",
-    "sae": "its SAE",
-    "feature": "its id",
-    "group": "chosen (in the Subspace's basis), protected, or other",
-    "side": "whether the update reads it or writes it",
-    "modules": "number of modules that are nearest to its hook point on that side",
-    "share": "share of the energy of these modules' updates that lies along it",
-    "times_chance": "that, divided by what a direction has on average that is random in all dimensions alike",
-    "times_typical": "that, divided by the median of all features of its SAE on that side; known with the SAE given",
-    "unique": "share that lies along it and along no other chosen feature of the hook point; known for chosen ones",
-    "sign": "cosine between what the base weights and the update do with it, over the modules weighted by the "
-    "update's energy: the update adds to it (1) or works against it (-1)",
-    "top_module": "module in which its share is largest",
-    "top_share": "its share there",
-    "tokens": "tokens that its direction promotes most, where the Subspace says so or the model was loaded",
-    "neuronpedia": "address of its dashboard, or none",
-    "label": "what the labels call it, or none",
-}
-
-
-@dataclass(frozen=True, eq=False)
-class FeatureGroup:
-    """Features of one SAE.
-
-    Attributes:
-        sae: the SAE.
-        ids: feature ids, int64 [n].
-        directions: their decoder directions, of any length, float [n, d_in].
-        kinds: `chosen` or `protected` by feature id; others are neither.
-        tokens: promoted tokens by feature id, as far as they are known.
-    """
-
-    sae: SaeIdentity
-    ids: torch.Tensor
-    directions: torch.Tensor
-    kinds: Mapping[int, str] = field(default_factory=dict)
-    tokens: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
-
-    def of_kind(self, kind: str) -> torch.Tensor:
-        """Places in the group of the features of one kind, int64."""
-        return torch.tensor(
-            [place for place, one in enumerate(self.ids.tolist()) if self.kinds.get(one) == kind]
-        ).long()
-
-
-def feature_groups(subspace: Subspace | None, handles: Sequence[SaeHandle]) -> list[FeatureGroup]:
-    """Return the features to look for: all of the given SAEs, else those that the Subspace holds.
-
-    Raises:
-        MismatchError: an SAE is not the one that the Subspace was built from.
-    """
-    groups: dict[str, FeatureGroup] = {}
-    if subspace is not None:
-        kinds: dict[str, dict[int, str]] = {}
-        tokens: dict[str, dict[int, tuple[str, ...]]] = {}
-        rows: dict[str, dict[int, torch.Tensor]] = {}
-        saes: dict[str, SaeIdentity] = {}
-        for kind, sites in (("chosen", subspace.sites), ("protected", subspace.protected)):
-            for site in sites:
-                hook = site.sae.hook_name
-                saes[hook] = site.sae
-                for one, said, row in zip(site.features.tolist(), site.tokens, site.directions, strict=True):
-                    kinds.setdefault(hook, {})[one] = kind
-                    tokens.setdefault(hook, {})[one] = said
-                    rows.setdefault(hook, {})[one] = row
-        for hook, sae in saes.items():
-            ids = torch.tensor(list(rows[hook]))
-            groups[hook] = FeatureGroup(sae, ids, torch.stack(list(rows[hook].values())), kinds[hook], tokens[hook])
-    for handle in handles:
-        known = groups.get(handle.identity.hook_name)
-        if known is not None and known.sae.digest != handle.identity.digest:
-            raise MismatchError(
-                f"The SAE {handle.identity.name!r} at {handle.identity.hook_name} has the digest "
-                f"{handle.identity.digest[:12]}..., and the adapter's features there are of {known.sae.name!r} with "
-                f"{known.sae.digest[:12]}..., so equal ids would be different features. Give the SAE that it was built "
-                "from."
-            )
-        groups[handle.identity.hook_name] = FeatureGroup(
-            handle.identity,
-            torch.arange(handle.identity.d_sae),
-            handle.decoder,
-            {} if known is None else known.kinds,
-            {} if known is None else known.tokens,
-        )
-    return sorted(groups.values(), key=lambda group: (group.sae.site.block, group.sae.hook_name))
 
 
 @dataclass(frozen=True, eq=False)
@@ -255,8 +159,17 @@ def own_parts(rows: torch.Tensor) -> torch.Tensor:
     return torch.stack(parts)
 
 
-def _sign(directions: torch.Tensor, side: Side, places: Sequence[ModulePlace]) -> torch.Tensor:
-    """Cosine between what the base weights and the update do with a direction, weighted by the update's energy."""
+def signs(directions: torch.Tensor, side: Side, places: Sequence[ModulePlace]) -> torch.Tensor:
+    """Return how far the base weights and the update agree in what they do with directions.
+
+    Args:
+        directions: of the residual stream, float64 [n, d_in].
+        side: the modules' side.
+        places: the modules.
+
+    Returns:
+        The cosine of W v and dW v, weighted over the modules by the update's energy, float64 [n]; NaN without weights.
+    """
     weighted, sizes = torch.zeros(len(directions)).double(), torch.zeros(len(directions)).double()
     seen = False
     for place in places:
@@ -276,82 +189,3 @@ def _sign(directions: torch.Tensor, side: Side, places: Sequence[ModulePlace]) -
         weighted += torch.where(lengths > 0, (base * change).sum(dim=1) / lengths.clamp(min=1e-300), 0.0) * size
         sizes += size
     return torch.where(sizes > 0, weighted / sizes, torch.nan) if seen else torch.full_like(sizes, torch.nan)
-
-
-def feature_table(
-    readings: Sequence[FeatureReading], *, others: int, labels: Mapping[str, str] | None = None
-) -> pd.DataFrame:
-    """Return one row per chosen or protected feature and side, and as many other ones with the largest shares.
-
-    Args:
-        readings: from `read_features`.
-        others: number of features per hook point and side that are neither.
-        labels: what the user calls features, by name.
-
-    Returns:
-        With the columns of `FEATURE_COLUMNS`, largest share first.
-    """
-    import pandas as pd
-
-    rows = [row for reading in readings for row in _rows(reading, others, labels or {})]
-    table = pd.DataFrame(rows, columns=list(FEATURE_COLUMNS))
-    return table.sort_values("share", ascending=False, kind="stable", ignore_index=True)
-
-
-def _rows(reading: FeatureReading, others: int, labels: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    group, kept = reading.group, reading.kept.tolist()
-    place_of = {place: number for number, place in enumerate(kept)}
-    share = reading.energy / reading.total if reading.total else reading.energy
-    free = torch.ones(len(group.ids), dtype=torch.bool)
-    free[reading.kept] = False
-    candidates = free.nonzero().squeeze(1)
-    best = candidates[share[candidates].argsort(descending=True, stable=True)[:others]]
-    chance = reading.chance / reading.total if reading.total else 0.0
-    # The directions of an SAE favour some dimensions, as updates do: a typical one has more than a random one.
-    whole = len(group.ids) == group.sae.d_sae
-    typical = float(share.median()) if whole and reading.total else 0.0
-    shown = [*kept, *best.tolist()]
-    signs = _sign(group.directions[shown].detach().cpu().double(), reading.side, reading.places)
-    for place, sign in zip(shown, signs, strict=True):
-        feature = int(group.ids[place])
-        number = place_of.get(place)
-        name = feature_name(group.sae, feature)
-        yield {
-            "name": name,
-            "block": group.sae.site.block,
-            "hook_name": group.sae.hook_name,
-            "sae": group.sae.name,
-            "feature": feature,
-            "group": group.kinds.get(feature, "other"),
-            "side": reading.side,
-            "modules": len(reading.places),
-            "share": float(share[place]) if reading.total else None,
-            "times_chance": float(share[place]) / chance if chance else None,
-            "times_typical": float(share[place]) / typical if typical else None,
-            "unique": None if number is None else _number(reading.unique[number]),
-            "sign": _number(sign),
-            "top_module": (
-                reading.places[int(reading.best_place[place])].update.name if float(reading.best[place]) else None
-            ),
-            "top_share": float(reading.best[place]) if reading.total else None,
-            "tokens": list(group.tokens.get(feature, ())),
-            "neuronpedia": group.sae.neuronpedia_url(feature),
-            "label": labels.get(name),
-        }
-
-
-def _number(value: torch.Tensor) -> float | None:
-    return None if bool(value.isnan()) else float(value)
-
-
-def module_feature_table(readings: Sequence[FeatureReading]) -> pd.DataFrame:
-    """Return one row per chosen or protected feature and module: `name`, `module`, `side`, `share`."""
-    import pandas as pd
-
-    rows = [
-        (feature_name(reading.group.sae, int(reading.group.ids[place])), module.update.name, reading.side, float(share))
-        for reading in readings
-        for place, shares in zip(reading.kept.tolist(), reading.each, strict=True)
-        for module, share in zip(reading.places, shares, strict=True)
-    ]
-    return pd.DataFrame(rows, columns=["name", "module", "side", "share"])

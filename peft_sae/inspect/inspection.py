@@ -23,7 +23,9 @@ from ..subspace import Subspace
 from .activations import AFTER, activation_table, compare_activations, with_tokens
 from .adapted import with_adapter
 from .base import open_skeleton
-from .features import feature_groups, feature_table, module_feature_table, read_features
+from .feature_tables import feature_table, module_feature_table
+from .features import read_features
+from .groups import feature_groups
 from .language import measure_language
 from .modules import module_table
 from .places import find_places, layout_of, norms_digest

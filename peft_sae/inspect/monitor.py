@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..layout import Side
 from ..sae.names import feature_name
 from ..tuner.basis import unseen_through_norm
-from .features import feature_groups
+from .groups import feature_groups
 from .places import find_places, layout_of
 from .source import source_of_model
 

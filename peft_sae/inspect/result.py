@@ -30,7 +30,7 @@ class Inspection:
         summary: numbers of the adapter as a whole.
         provenance: adapter, base model, Subspace, SAEs, data and package versions.
         modules: one row per module (`peft_sae.inspect.modules.COLUMNS` says what the columns are).
-        features: one row per feature and side (`peft_sae.inspect.features.FEATURE_COLUMNS`).
+        features: one row per feature and side (`peft_sae.inspect.feature_tables.FEATURE_COLUMNS`).
         module_features: share of each chosen or protected feature in each module: `name`, `module`, `side`, `share`.
         coefficients: how the basis vectors consist of the chosen features: `hook_name`, `vector`, `name`,
             `coefficient`; a basis vector is the sum of its features' unit directions times the coefficients.

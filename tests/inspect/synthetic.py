@@ -9,7 +9,7 @@ import pandas as pd
 
 from peft_sae.inspect import Inspection
 from peft_sae.inspect.activations import ACTIVATION_COLUMNS
-from peft_sae.inspect.features import FEATURE_COLUMNS
+from peft_sae.inspect.feature_tables import FEATURE_COLUMNS
 from peft_sae.inspect.language import POSITION_COLUMNS
 from peft_sae.inspect.modules import COLUMNS
 

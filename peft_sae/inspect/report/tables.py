@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from ..activations import ACTIVATION_COLUMNS
-from ..features import FEATURE_COLUMNS
+from ..feature_tables import FEATURE_COLUMNS
 from ..modules import COLUMNS
 from .wording import SIDES
 
