@@ -1,6 +1,7 @@
 """Fixtures that are built once; nothing is downloaded."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -38,6 +39,24 @@ def subspace(llama, tokenizer, saes):
     return build_subspace(
         llama, tokenizer, saes=saes, aligned=tiny.ALIGNED, unaligned=tiny.UNALIGNED, top_k=6, progress=False
     )
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run a command in this process; returns its exit code, what it printed, and its errors on one line."""
+    from peft_sae.cli import main
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["peft-sae", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code or 0
+        printed = capsys.readouterr()
+        return code, printed.out, " ".join(printed.err.split())
+
+    return call
 
 
 def pytest_addoption(parser):

@@ -1,5 +1,4 @@
 import json
-import sys
 
 import pytest
 import torch
@@ -8,27 +7,14 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from peft_sae import FeatureStatistics, Subspace
-from peft_sae.cli import main
 from tests.tiny import ALIGNED, UNALIGNED, make_model, make_sae, make_tokenizer
 
 COMMANDS = ["demo", "select", "train", "inspect", "edit", "merge", "export-lora"]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """Run a command in this process; returns its exit code and what it printed."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["peft-sae", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        printed = capsys.readouterr()
-        return code, printed.out, " ".join(printed.err.split())
-
-    return call
+def run(command):
+    return command
 
 
 @pytest.fixture
@@ -108,12 +94,12 @@ def test_select_shows_texts_labels_and_edits(run, world):
     assert not (world / "third").exists()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_shows_an_example(run, command):
-    code, out, _ = run(command, "--help")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_an_example(run, name):
+    code, out, _ = run(name, "--help")
 
     assert code == 0
-    assert f"Example: peft-sae {command}" in " ".join(out.replace("│", " ").split()).replace("`", "")
+    assert f"Example: peft-sae {name}" in " ".join(out.replace("│", " ").split()).replace("`", "")
 
 
 @pytest.mark.parametrize(

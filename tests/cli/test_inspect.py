@@ -1,28 +1,17 @@
 import json
-import sys
+from functools import partial
 
 import pytest
 
-from peft_sae.cli import main
 from tests.inspect.dense import train
 
 TEXTS = ["red green blue sun moon", "sea hill tree", "bird fish stone sky red"]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["peft-sae", "inspect", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "160")
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        printed = capsys.readouterr()
-        return code, printed.out, " ".join(printed.err.split())
-
-    return call
+def run(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    return partial(command, "inspect")
 
 
 def test_the_terminal_shows_drift_and_features(run, tmp_path):

@@ -1,24 +1,15 @@
-import sys
-
 import pytest
 
-from peft_sae.cli import main
 from peft_sae.edit import read_edits
 from tests.edit.conftest import HOOKS
 from tests.tiny import make_sae
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(command):
     def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["peft-sae", "edit", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = stop.code or 0
-        printed = capsys.readouterr()
-        return code, " ".join(printed.out.split()), " ".join(printed.err.replace("│", " ").split())
+        code, out, err = command("edit", *arguments)
+        return code, " ".join(out.split()), " ".join(err.replace("│", " ").split())
 
     return call
 
