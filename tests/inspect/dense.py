@@ -47,15 +47,20 @@ class Trained:
     def side(self, name):
         return "write" if name.endswith(WRITERS) else "read"
 
+    def gain(self, name):
+        """Factor per channel of the norm between the stream and a module, None where there is none."""
+        part = name.split(".")[-2]
+        norms = (WRITE_NORMS if self.side(name) == "write" else READ_NORMS).get(self.family, {})
+        if part not in norms:
+            return None
+        norm = self.model.get_base_model().get_submodule(f"{name[: name.index(f'.{part}.')]}.{norms[part]}")
+        return norm.weight.detach().double() + GAINS[self.family][0]
+
     def met(self, name, directions):
         """Unit vectors along which a module reads or writes directions, by the family's own norm."""
-        directions = directions.double()
-        part = name.split(".")[-2]
-        block = name[: name.index(f".{part}.")]
-        norms = (WRITE_NORMS if self.side(name) == "write" else READ_NORMS).get(self.family, {})
-        if part in norms:
-            offset, centers = GAINS[self.family]
-            gain = self.model.get_base_model().get_submodule(f"{block}.{norms[part]}").weight.detach().double() + offset
+        directions, gain = directions.double(), self.gain(name)
+        if gain is not None:
+            centers = GAINS[self.family][1]
             directions = (directions - directions.mean(-1, keepdim=True) if centers else directions) * gain
         return torch.nn.functional.normalize(directions, dim=-1)
 
