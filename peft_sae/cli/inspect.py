@@ -120,10 +120,10 @@ def print_inspection(found: Inspection, *, rows: int = 12, console: Console | No
         console.print(_blocks(found.modules))
     if len(found.features):
         console.print(title_text("Features with the largest shares of the update"))
-        console.print(_features(found.features.head(rows)))
+        console.print(_features(found.features, rows))
     if found.activations is not None:
         console.print(title_text("Features whose mean activation changed most on the texts"))
-        console.print(_activations(found.activations.head(rows)))
+        console.print(_activations(found.activations, rows))
     for note in found.notes:
         console.print(Text(f"Note: {visible(note)}", style="yellow"))
 
@@ -171,13 +171,13 @@ def _blocks(modules: pd.DataFrame) -> Table:
     return table
 
 
-def _features(features: pd.DataFrame) -> Table:
+def _features(features: pd.DataFrame, rows: int) -> Table:
     table = _table(
         "feature", "side", "share", "x random", "x typical", "its own", "says", text=("feature", "side", "says")
     )
-    for row in features.to_dict("records"):
+    for name, row in zip(_names(features)[:rows], features.head(rows).to_dict("records"), strict=True):
         table.add_row(
-            _name(row["name"], row["group"]),
+            name,
             f"{row['side']}s",
             _percent(row["share"]),
             _number(row["times_chance"], ".1f"),
@@ -188,13 +188,13 @@ def _features(features: pd.DataFrame) -> Table:
     return table
 
 
-def _activations(activations: pd.DataFrame) -> Table:
+def _activations(activations: pd.DataFrame, rows: int) -> Table:
     table = _table("feature", "before", "after", "change", "says", text=("feature", "says"))
-    for row in activations.to_dict("records"):
+    for name, row in zip(_names(activations)[:rows], activations.head(rows).to_dict("records"), strict=True):
         says = _says(row["label"], row["promoted"])
         best = max(row["examples"], key=lambda example: example.activation, default=None)
         table.add_row(
-            _name(row["name"], row["group"]),
+            name,
             _number(row["mean_before"], ".3g"),
             _number(row["mean_after"], ".3g"),
             _number(row["change"], "+.3g"),
@@ -212,8 +212,14 @@ def _percent(value: float | None) -> str:
     return _number(value, ".2%")
 
 
-def _name(name: str, group: str) -> Text:
-    return Text(visible(name if group == "chosen" else f"{name} ({group})"))
+def _names(table: pd.DataFrame) -> list[Text]:
+    """Short names, as `edit` takes them, where a block has one hook point; those of the table's rows."""
+    hooks = table.groupby("block")["hook_name"].nunique().to_dict()
+    found = []
+    for row in table.to_dict("records"):
+        name = f"{row['block']}:{row['feature']}" if hooks[row["block"]] == 1 else row["name"]
+        found.append(Text(visible(name if row["group"] == "chosen" else f"{name} ({row['group']})")))
+    return found
 
 
 def _says(label: object, tokens: list[str]) -> Text:

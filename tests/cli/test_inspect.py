@@ -3,6 +3,7 @@ from functools import partial
 
 import pytest
 
+from peft_sae import inspect_adapter
 from tests.inspect.dense import train
 
 TEXTS = ["red green blue sun moon", "sea hill tree", "bird fish stone sky red"]
@@ -20,7 +21,9 @@ def test_the_terminal_shows_drift_and_features(run, tmp_path):
     assert code == 0
     assert "of the update lies in the basis of features" in out
     assert "Drift by block" in out
-    assert "blocks.0.hook_resid_post:" in out
+    name = inspect_adapter(trained.adapter).features["name"][0]  # the block's only hook point needs no name
+    assert f"{name.split('.')[1]}:{name.split(':')[1]} " in out
+    assert "hook_resid" not in out
     assert "mean activation changed" not in out
 
 
