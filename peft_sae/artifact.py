@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from .errors import ArtifactError
+from .errors import ArtifactError, ConfigError, suggest
 
 _VERSIONED_PACKAGES = ("peft_sae", "peft", "torch", "transformers", "sae_lens", "transformer_lens")
 
@@ -129,6 +129,24 @@ def _swap_in(scratch: Path, target: Path) -> None:
         raise
     finally:
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def check_suffix(path: str | Path, suffixes: Sequence[str]) -> None:
+    """Check that the suffix of a file says in which format it is to be written, before any long work.
+
+    Args:
+        path: the file.
+        suffixes: those that are known, with their dots.
+
+    Raises:
+        ConfigError: unknown suffix.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in suffixes:
+        raise ConfigError(
+            f"'{path}' has the suffix {suffix!r}, so its format is unknown.{suggest(suffix, suffixes)} Use one of "
+            f"{', '.join(suffixes)}."
+        )
 
 
 def write_text(target: str | Path, text: str) -> None:

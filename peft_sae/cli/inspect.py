@@ -54,7 +54,6 @@ def inspect(
 
     from ..artifact import check_writable
     from ..inspect import inspect_adapter
-    from ..inspect.result import check_suffix
     from ..sae.load import load_saes
     from ..selection.labels import read_labels
     from ..statistics.data import TOKEN_CHOICES
@@ -74,7 +73,6 @@ def inspect(
         if path is not None:
             if path.suffix.lower() != suffix:
                 raise ConfigError(f"'{path}' does not end in {suffix}, which --{suffix[1:]} writes. Name it so.")
-            check_suffix(path)
             check_writable(path)
     handles = None if saes is None else load_saes(saes, ids=ids or None, layers=layers or None, device=device)
     options: dict[str, Any] = {"tokens": tokens, "batch_size": batch_size, "max_length": max_length, "others": others}

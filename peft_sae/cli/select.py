@@ -101,9 +101,10 @@ def select(
     Example: `peft-sae select --config configs/selection/gemma-2-2b.yaml --aligned good.jsonl --unaligned bad.jsonl
     --output outputs/subspace`
     """
+    from ..artifact import check_suffix
     from ..selection.labels import fetch_labels as ask_neuronpedia
     from ..selection.labels import read_labels
-    from ..selection.table import check_suffix, describe_features
+    from ..selection.table import SUFFIXES, describe_features
     from ..training.selection import SelectionJob, read_selection
     from ..training.selection_run import run_selection
     from .tables import print_features
@@ -111,7 +112,7 @@ def select(
     given = {name: value for name, value in locals().items() if name in SelectionJob.__dataclass_fields__}
     job = read_selection(config, **given)
     if table is not None:
-        check_suffix(table)
+        check_suffix(table, SUFFIXES)
         if job.control is not None:
             raise ConfigError("--table describes features, and a --control has none. Leave one of the two out.")
     known = {} if labels is None else read_labels(labels)

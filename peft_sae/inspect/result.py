@@ -10,8 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import write_text
-from ..errors import ConfigError, suggest
+from ..artifact import check_suffix, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -83,7 +82,7 @@ class Inspection:
             ConfigError: unknown suffix.
             ArtifactError: it cannot be written.
         """
-        check_suffix(path)
+        check_suffix(path, SUFFIXES)
         write_text(path, self.to_html() if Path(path).suffix.lower() == ".html" else self.to_json())
 
     def to_html(self) -> str:
@@ -91,20 +90,6 @@ class Inspection:
         from .report import html_report
 
         return html_report(self)
-
-
-def check_suffix(path: str | Path) -> None:
-    """Check that an inspection can be written to a file of this name, before any long work.
-
-    Raises:
-        ConfigError: unknown suffix.
-    """
-    suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ConfigError(
-            f"'{path}' has the suffix {suffix!r}, so the report's format is unknown.{suggest(suffix, SUFFIXES)} Use "
-            f"one of {', '.join(SUFFIXES)}."
-        )
 
 
 def _plain(value: Any) -> Any:

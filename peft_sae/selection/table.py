@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import package_versions, write_text
-from ..errors import ConfigError, MismatchError, SelectionError, suggest
+from ..artifact import check_suffix, package_versions, write_text
+from ..errors import ConfigError, MismatchError, SelectionError
 from ..escape import in_csv, visible
 from ..sae.handle import SaeHandle, as_handles
 from ..sae.identity import SaeIdentity
@@ -147,23 +147,9 @@ class FeatureTable:
             ConfigError: unknown suffix.
             ArtifactError: it cannot be written.
         """
-        check_suffix(path)
+        check_suffix(path, SUFFIXES)
         formats = {".html": self.to_html, ".md": self.to_markdown, ".csv": self.to_csv, ".json": self.to_json}
         write_text(path, formats[Path(path).suffix.lower()]())
-
-
-def check_suffix(path: str | Path) -> None:
-    """Check that a table can be written to a file of this name, before any long work.
-
-    Raises:
-        ConfigError: unknown suffix.
-    """
-    suffix = Path(path).suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ConfigError(
-            f"'{path}' has the suffix {suffix!r}, so the table's format is unknown.{suggest(suffix, SUFFIXES)} Use one "
-            f"of {', '.join(SUFFIXES)}."
-        )
 
 
 def describe_features(
