@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .artifact import looks_like_path
 from .errors import ArtifactError, ConfigError
 
+CONFIG_NAME = "config.json"
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_MOST_BLOCKS = 10_000
 
 
 def open_base(base: str | Path) -> tuple[Any, Any]:
@@ -41,6 +44,59 @@ def open_base(base: str | Path) -> tuple[Any, Any]:
     if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
         return config, found
     return config, transformers.AutoModelForCausalLM
+
+
+_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*", "NOTICE*"]
+
+
+def base_folder(source: str | Path, *, what: str = "base model") -> Path:
+    """Return the folder of a base model or of an adapter; one of the Hub is fetched into the local cache.
+
+    Args:
+        source: folder or Hub id.
+        what: how errors call it.
+
+    Raises:
+        ArtifactError: it is no folder, and the Hub has none of that name or cannot be reached.
+    """
+    if Path(source).is_dir() or looks_like_path(str(source)):
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=_PATTERNS))
+    except Exception as error:  # of the network, of the Hub, of the cache
+        raise ArtifactError(
+            f"The {what} '{source}' is no folder, and cannot be fetched from the Hub ({error}). Check the path or the "
+            "id."
+        ) from error
+
+
+def build_skeleton(base: str | Path) -> Any:
+    """Build the model of a checkpoint on the meta device, where its tensors have shapes and take no memory.
+
+    Args:
+        base: folder or Hub id.
+
+    Raises:
+        ArtifactError: its configuration cannot be read, or makes no model.
+    """
+    import torch
+
+    try:
+        config, kind = open_base(base)
+        depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if isinstance(depth, int) and depth > _MOST_BLOCKS:
+            raise ArtifactError(f"its configuration has {depth} blocks")
+        # A class that only picks others has another name for the same.
+        build = getattr(kind, "_from_config", None) or kind.from_config
+        with torch.device("meta"):
+            return build(config, attn_implementation="eager")
+    except Exception as error:  # whatever a model makes of sizes from a file
+        raise ArtifactError(
+            f"The base model '{base}' cannot be opened ({error}), so it is not known what its modules are. Give it "
+            "with model=... (on the command line --base), loaded or as its folder."
+        ) from error
 
 
 def load_base(base: str | Path, *, dtype: Any = "auto") -> Any:

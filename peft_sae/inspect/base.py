@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..checkpoint import open_base, tensor_files
+from ..checkpoint import build_skeleton, tensor_files
 from ..errors import ArtifactError
 
 _NORM = "norm"
-_MOST_BLOCKS = 10_000
 _LARGEST_NORM = 2**20  # elements; a norm has one value per channel
 
 
@@ -32,7 +31,7 @@ def open_skeleton(base: str | Path) -> nn.Module:
     Raises:
         ArtifactError: the base is not there, or its norms are not among its weights.
     """
-    model = _build(base)
+    model: nn.Module = build_skeleton(base)
     norms = [name for name, module in model.named_modules() if _is_norm(module)]
     values = _read_norms(base, model, norms)
     for name, module in model.named_modules():
@@ -45,24 +44,6 @@ def open_skeleton(base: str | Path) -> nn.Module:
         for key, buffer in list(module.named_buffers(recurse=False)):
             module._buffers[key] = torch.zeros((), dtype=buffer.dtype).expand(buffer.shape)
     return model.eval()
-
-
-def _build(base: str | Path) -> nn.Module:
-    try:
-        config, kind = open_base(base)
-        depth = getattr(config.get_text_config(), "num_hidden_layers", 0)
-        if isinstance(depth, int) and depth > _MOST_BLOCKS:
-            raise ArtifactError(f"its configuration has {depth} blocks")
-        # A class that only picks others has another name for the same.
-        build = getattr(kind, "_from_config", None) or kind.from_config
-        with torch.device("meta"):
-            model: nn.Module = build(config, attn_implementation="eager")
-    except Exception as error:  # whatever a model makes of sizes from a file
-        raise ArtifactError(
-            f"The base model '{base}' cannot be opened ({error}), and its norms are needed to know what its modules "
-            "read and write. Give it with model=... (on the command line --base), loaded or as its folder."
-        ) from error
-    return model
 
 
 def _is_norm(module: nn.Module) -> bool:
