@@ -16,6 +16,7 @@ from ..errors import PeftSaeError
 from ..escape import visible
 from .edit import edit
 from .inspect import inspect
+from .merge import merge
 from .select import select
 
 app = typer.Typer(
@@ -91,22 +92,7 @@ def train(
 app.command()(edit)
 
 
-@app.command()
-def merge(
-    base: Annotated[str, typer.Argument(help="Folder or Hub id of the base model.")],
-    adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
-    output: Annotated[Path, typer.Argument(help="Folder for the merged checkpoint.")],
-    dtype: Annotated[str | None, typer.Option(help="dtype of the result; by default the base's.")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest size of one weights file.")] = "5GB",
-) -> None:
-    """Merge an adapter into its base model and write a plain checkpoint.
-
-    Example: `peft-sae merge google/gemma-2-2b outputs/adapter outputs/merged`
-    """
-    from ..export import merge_checkpoint
-
-    path = merge_checkpoint(base, adapter, output, dtype=dtype, max_shard_size=max_shard_size)
-    Console().print(f"Merged checkpoint written to {path}", markup=False)
+app.command()(merge)
 
 
 @app.command("export-lora")

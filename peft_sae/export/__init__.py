@@ -2,5 +2,6 @@
 
 from .lora import export_lora
 from .merge import merge_checkpoint
+from .verify import MergeCheck, verify_merge
 
-__all__ = ["export_lora", "merge_checkpoint"]
+__all__ = ["MergeCheck", "export_lora", "merge_checkpoint", "verify_merge"]

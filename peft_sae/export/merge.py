@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _PATTERN = "model{suffix}.safetensors"
 _INDEX = "model.safetensors.index.json"
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
-Adapters = str | Path | Sequence[str | Path] | Mapping[str | Path, float]
+Adapters = str | Path | Sequence[str | Path] | Mapping[Any, float]
 
 
 def merge_checkpoint(
@@ -65,7 +65,7 @@ def merge_checkpoint(
     """
     check_target(output)
     limit, wanted = _shard_size(max_shard_size), _dtype(dtype)
-    factors = _factors(adapter)
+    factors = factors_of(adapter)
     from .updates import read_adapters
 
     weights = read_adapters(factors)
@@ -144,7 +144,13 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _factors(adapter: Adapters) -> dict[str, float]:
+def factors_of(adapter: Adapters) -> dict[str, float]:
+    """Return the folders of adapters and the factors of their updates.
+
+    Raises:
+        ConfigError: there is none, or a factor is no finite number.
+        ArtifactError: one is neither a folder nor to be had from the Hub.
+    """
     if isinstance(adapter, Mapping):
         found = {str(name): factor for name, factor in adapter.items()}
     else:

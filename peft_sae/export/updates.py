@@ -143,6 +143,22 @@ def attach(model: Any, adapter: str, weights: Mapping[str, torch.Tensor], weight
     return found
 
 
+def apply(model: Any, weights: Mapping[str, Mapping[str, torch.Tensor]], factors: Mapping[str, float]) -> Any:
+    """Return a model that runs with adapters: one of factor 1 beside it, several merged into it.
+
+    Args:
+        model: the base model with its weights.
+        weights: of the adapters, by folder.
+        factors: of their updates.
+    """
+    if list(factors.values()) == [1.0]:
+        (adapter,) = factors
+        return _load(model, adapter, False).eval()
+    for adapter, factor in factors.items():
+        merge_layers(attach(model, adapter, weights[adapter], factor, empty=False).layers)
+    return model.float()
+
+
 def _load(model: Any, adapter: str, empty: bool) -> PeftModel:
     try:
         with warnings.catch_warnings():
@@ -195,8 +211,8 @@ def check_together(updates: list[Updates], adapters: Iterable[str]) -> None:
         special = [layer.name for layer in found.layers if not _adds(layer.tuner)]
         if special:
             raise ConfigError(
-                f"{special[0]!r} of '{adapter}' does not add to the weights (DoRA, another variant, trained tokens), so "
-                "several adapters cannot be merged with it. Merge it alone."
+                f"{special[0]!r} of '{adapter}' does not add to the weights (DoRA, another variant, trained tokens), "
+                "so several adapters cannot be merged with it. Merge it alone."
             )
 
 

@@ -241,7 +241,7 @@ def test_a_base_that_does_not_fit_is_refused(trained, tmp_path):
 
     with pytest.raises(MismatchError, match="does not fit the base"):
         merge_checkpoint(tmp_path / "other", adapter, tmp_path / "merged")
-    with pytest.raises(ArtifactError, match="has no config.json"):
+    with pytest.raises(ArtifactError, match=r"has no config\.json"):
         merge_checkpoint(tmp_path / "nowhere", adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
