@@ -31,7 +31,8 @@ def merge_in_memory(
         ArtifactError, MismatchError, ConfigError: as in `merge_checkpoint`.
     """
     model = load_base(base)
-    if getattr(model, "hf_quantizer", None) is not None and dtype is not None:
+    quantised = getattr(model, "hf_quantizer", None) is not None
+    if quantised and dtype is not None:
         model = _dequantised(model, dtype)
     resize_for(model, adapters.values())
     wanted = {} if dtype is None else output_dtypes(model, dtype)
@@ -54,7 +55,8 @@ def merge_in_memory(
         model.config.dtype = dtype
     if model.config.tie_word_embeddings and not is_tied(model):
         model.config.tie_word_embeddings = False
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    # What transformers does to quantised tensors when it loads them it cannot do backwards.
+    model.save_pretrained(folder, max_shard_size=max_shard_size, save_original_format=not quantised)
 
 
 def _dequantised(model: Any, dtype: torch.dtype) -> Any:
