@@ -33,6 +33,12 @@ def open_base(base: str | Path) -> tuple[Any, Any]:
         name = str((config.architectures or [""])[0])
         attention = [getattr(config, key, None) for key in ("_attn_implementation", "_experts_implementation")]
     except Exception as error:  # whatever transformers makes of a file that may hold anything
+        if "trust_remote_code" in str(error):
+            raise ArtifactError(
+                f"The base model '{base}' brings code of its own, and no code is run for a file's sake. Load it "
+                "yourself with transformers, put the adapter on with PeftModel.from_pretrained, and call "
+                "merge_and_unload."
+            ) from error
         raise ArtifactError(f"The base model '{base}' cannot be loaded ({error}). Check the path or the id.") from error
     for wanted in attention:
         if isinstance(wanted, str) and not wanted.isidentifier():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from .tensor_file import StoredTensor, TensorReader, TensorWriter, stored_tensor
 from .updates import attach, check_together, merge_layers, resize_for
 
 _COMPARED = 2**22  # elements at a time
+_AHEAD = 1  # merged modules that wait to be written
 
 
 class StreamedMerge:
@@ -73,22 +76,32 @@ class StreamedMerge:
             shards: names of the merged checkpoint's tensors by file.
         """
         outputs = self.plan.outputs
-        with TensorReader.opened() as reader, ExitStack() as stack:
+        with TensorReader.opened() as merging, TensorReader.opened() as copying, ExitStack() as stack:
             writers = {}
             for file, names in shards.items():
                 writer = TensorWriter(folder / file, {name: outputs[name] for name in names})
                 stack.callback(writer.close)
                 writers.update(dict.fromkeys(names, writer))
+            # Files are copied and written beside the arithmetic; both leave Python alone meanwhile.
+            pool = ThreadPoolExecutor(max_workers=1)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            jobs: deque[Future[int]] = deque()
+            held: deque[Future[int]] = deque()
             for unit in self.plan.units:
                 copied = self._copied(unit)
                 for name, stored in copied.items():
-                    writers[name].copy(name, stored, reader)
-                    yield stored.size
-                if copied:
-                    continue
-                for name, tensor in self._merge(unit, reader).items():
-                    writers[name].write(name, tensor)
-                    yield tensor.nbytes
+                    jobs.append(pool.submit(_copy, writers[name], name, stored, copying))
+                if not copied:
+                    merged = self._merge(unit, merging)
+                    held.append(pool.submit(_write, writers, merged))
+                    jobs.append(held[-1])
+                    del merged
+                if len(held) > _AHEAD:
+                    held.popleft().result()
+                while jobs and jobs[0].done():
+                    yield jobs.popleft().result()
+            for job in jobs:
+                yield job.result()
 
     def _copied(self, unit: Unit) -> dict[str, StoredTensor]:
         """What a unit takes over as it is stored, by the names that it gets; nothing if anything of it changes."""
@@ -192,6 +205,17 @@ class StreamedMerge:
                 module, key = _owners(self._model)[name]
                 module._parameters[key] = nn.Parameter(torch.empty_like(tensors[name]), requires_grad=False)
                 self._model.all_tied_weights_keys.pop(name, None)
+
+
+def _copy(writer: TensorWriter, name: str, stored: StoredTensor, reader: TensorReader) -> int:
+    writer.copy(name, stored, reader)
+    return stored.size
+
+
+def _write(writers: Mapping[str, TensorWriter], tensors: Mapping[str, torch.Tensor]) -> int:
+    for name, tensor in tensors.items():
+        writers[name].write(name, tensor)
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def _full(dtype: torch.dtype) -> torch.dtype:

@@ -164,9 +164,9 @@ def _load(model: Any, adapter: str, empty: bool) -> PeftModel:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Found missing adapter keys")  # an error later on
             return PeftModel.from_pretrained(model, adapter, low_cpu_mem_usage=empty, torch_device="cpu")
-    except (ConfigError, ArtifactError):
+    except (ConfigError, ArtifactError, MemoryError):
         raise  # the adapter's own configuration is at fault, not the base
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except Exception as error:  # whatever PEFT makes of a configuration that may hold anything
         raise MismatchError(
             f"The adapter '{adapter}' does not fit the base ({error}). Give the base that it was trained on."
         ) from error
