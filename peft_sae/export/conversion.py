@@ -22,7 +22,7 @@ class Group:
     """Tensors of a checkpoint that together make some of a model.
 
     Attributes:
-        transform: what makes them, of transformers.
+        transform: what makes them, of transformers; None where one tensor becomes one, unchanged.
         sources: for each tensor of the checkpoint its name, its name in the model and the pattern that found it.
         targets: names in the model.
     """
@@ -30,13 +30,6 @@ class Group:
     transform: Any
     sources: list[tuple[str, str, str]] = field(default_factory=list)
     targets: tuple[str, ...] = ()
-
-    @property
-    def renames(self) -> bool:
-        """Whether one tensor becomes one tensor, unchanged."""
-        from transformers.core_model_loading import WeightConverter
-
-        return not isinstance(self.transform, WeightConverter)
 
     @property
     def names(self) -> list[str]:
@@ -103,14 +96,13 @@ class Conversion:
                 self.unknown.append(name)
                 continue
             if target not in groups:
-                own = by_pattern[pattern] if pattern is not None else WeightRenaming(name, target)
-                groups[target] = Group(own)
+                groups[target] = Group(None if pattern is None else by_pattern[pattern])
             elif pattern is None:
                 raise ArtifactError(
                     f"{name!r} and {groups[target].names[0]!r} both stand for {target!r} of the model, so it is not "
                     "known which one counts. Use the in-memory way (in_memory=True, on the command line --in-memory)."
                 )
-            groups[target].sources.append((name, target, pattern if pattern is not None else name))
+            groups[target].sources.append((name, target, pattern or name))
         self.groups = list(groups.values())
         return transforms
 
@@ -124,6 +116,9 @@ class Conversion:
         Raises:
             ArtifactError: the checkpoint's tensors do not fit together.
         """
+        if group.transform is None:
+            ((source, target, _),) = group.sources
+            return {target: read(source)}
         transform = deepcopy(group.transform)
         for source, target, pattern in group.sources:
             transform.add_tensor(target, source, pattern, lambda source=source: read(source))
@@ -138,9 +133,11 @@ class Conversion:
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def save(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the tensors that a checkpoint has for some of the model."""
-        from transformers.core_model_loading import revert_weight_conversion
+        """Return the tensors that a checkpoint has for some of the model, in the order in which they are saved."""
+        from transformers.core_model_loading import dot_natural_key, revert_weight_conversion
 
+        if not self._model._weight_conversions:
+            return {name: tensors[name] for name in sorted(tensors, key=dot_natural_key)}
         found: dict[str, torch.Tensor] = revert_weight_conversion(self._model, dict(tensors))
         return found
 

@@ -108,7 +108,7 @@ class StreamedMerge:
         if unit.layers or set(unit.names) & set(self.plan.values):
             return {}
         sources = [name for group in unit.groups for name in group.names]
-        if len(sources) == len(unit.outputs) == 1 and unit.groups[0].renames:
+        if len(sources) == len(unit.outputs) == 1 and unit.groups[0].transform is None:
             pairs = {unit.outputs[0]: self._stored[sources[0]]}
         elif set(sources) == set(unit.outputs):  # joined for the model and parted again for the file
             pairs = {name: self._stored[name] for name in sources}
@@ -193,7 +193,7 @@ class StreamedMerge:
         by_object: dict[int, list[Group]] = {}
         tensors = self._model.state_dict(keep_vars=True)
         for group in self._conversion.groups:
-            if group.renames and group.targets:
+            if group.transform is None:
                 by_object.setdefault(id(tensors[group.targets[0]]), []).append(group)
         for first, *others in by_object.values():
             for other in others:
