@@ -6,7 +6,7 @@ used, on a few tensors at a time instead of on all.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -142,16 +142,18 @@ class Conversion:
         return found
 
 
-def check_complete(conversion: Conversion, wanted: Iterable[str]) -> None:
-    """Check that every tensor that has to come from the checkpoint does.
+def check_complete(missing: Collection[str]) -> None:
+    """Check that every tensor of the model comes from somewhere.
+
+    Args:
+        missing: names of those that do not.
 
     Raises:
-        ArtifactError: some are missing.
+        ArtifactError: there are some.
     """
-    missing = sorted(set(wanted) - {name for group in conversion.groups for name in group.targets})
     if missing:
         raise ArtifactError(
-            f"The checkpoint lacks {missing[0]!r} ({len(missing)} tensors of the model in all), so the merged one "
+            f"The checkpoint lacks {min(missing)!r} ({len(missing)} of the model's tensors in all), so the merged one "
             "would be random there. Get the checkpoint again, or save it with the class that the adapter was trained "
             "on."
         )

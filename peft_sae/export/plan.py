@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,8 @@ class Plan:
         units: in the order of the base's files.
         outputs: shape and dtype of the tensors of the merged checkpoint.
         values: tensors of the model that do not come from the base.
+        places: for a tensor that the base gives, the names that it has in the model with the adapters. A trained copy
+            may have taken its place under one of two names that were tied.
         saved: names in the model that are written (of tied ones only one is).
         dtypes: by name in the model, of what is written.
         parameters: number of the model's parameters.
@@ -50,6 +52,7 @@ class Plan:
     units: list[Unit]
     outputs: dict[str, Shaped]
     values: dict[str, torch.Tensor]
+    places: dict[str, list[str]]
     saved: set[str]
     dtypes: dict[str, torch.dtype]
     parameters: int
@@ -65,7 +68,7 @@ def make_plan(
     conversion: Conversion,
     stored: Mapping[str, StoredTensor],
     updates: Iterable[Updates],
-    own: Collection[int],
+    own: Mapping[str, torch.Tensor],
     dtype: torch.dtype | None,
 ) -> Plan:
     """Plan how a model whose weights take no memory is merged.
@@ -75,32 +78,36 @@ def make_plan(
         conversion: between it and the checkpoint.
         stored: the checkpoint.
         updates: of the adapters.
-        own: identities of the tensors that the model had before the adapters.
+        own: the tensors that the model had before the adapters.
         dtype: of what is written; None for that of the base.
 
     Raises:
         ArtifactError: tensors are missing, or transformers would write others than are planned.
     """
-    tensors = model.state_dict(keep_vars=True)
-    values = {name: tensor.detach() for name, tensor in tensors.items() if id(tensor) not in own}
-    places = {id(module): name for name, module in model.named_modules()}
+    tensors, known = model.state_dict(keep_vars=True), {id(tensor) for tensor in own.values()}
+    values = {name: tensor.detach() for name, tensor in tensors.items() if id(tensor) not in known}
+    modules = {id(module): name for name, module in model.named_modules()}
     for found in updates:
         for module, key, value in found.given:
-            if id(module) in places:  # else a trained copy has taken its place
-                values[f"{places[id(module)]}.{key}"] = value
+            if id(module) in modules:  # else a trained copy has taken its place
+                values[f"{modules[id(module)]}.{key}"] = value
     by_object: dict[int, list[str]] = {}
     for name, tensor in tensors.items():
         by_object.setdefault(id(tensor), []).append(name)
     for names in by_object.values():  # what an adapter gives for one of tied tensors counts for all
         for name in names:
             values.update({other: values[name] for other in names if name in values and other not in values})
-    groups = [group for group in conversion.groups if not set(group.targets) <= set(values)]
-    sourced = {name for group in groups for name in group.targets}
-    check_complete(conversion, (n for n in tensors if n not in values and not _any(by_object[id(tensors[n])], sourced)))
+    places = {
+        target: [name for name in by_object.get(id(own[target]), ()) if name not in values]
+        for group in conversion.groups
+        for target in group.targets
+    }
+    groups = [group for group in conversion.groups if any(places[target] for target in group.targets)]
+    check_complete(set(tensors) - set(values) - {name for names in places.values() for name in names})
     saved = _without_tied(model, by_object)
     dtypes = _base_dtypes(tensors, conversion, stored) if dtype is None else output_dtypes(model, dtype)
     layers = [layer for found in updates for layer in found.layers]
-    units = _make_units(by_object.values(), groups, layers, places, tensors)
+    units = _make_units(by_object.values(), groups, layers, modules, places, tensors)
     outputs: dict[str, Shaped] = {}
     for unit in units:
         made = conversion.save(_empty(unit.names, tensors, dtypes, saved))
@@ -117,11 +124,7 @@ def make_plan(
     order = {name: place for place, name in enumerate(stored)}
     units.sort(key=lambda unit: min((order[name] for group in unit.groups for name in group.names), default=-1))
     parameters = sum(tensors[names[0]].numel() for names in by_object.values())
-    return Plan(units, {name: outputs[name] for name in whole}, values, saved, dtypes, parameters)
-
-
-def _any(names: Iterable[str], among: set[str]) -> bool:
-    return any(name in among for name in names)
+    return Plan(units, {name: outputs[name] for name in whole}, values, places, saved, dtypes, parameters)
 
 
 def _without_tied(model: Any, by_object: Mapping[int, list[str]]) -> set[str]:
@@ -178,12 +181,13 @@ def _make_units(
     tied: Iterable[list[str]],
     groups: Iterable[Group],
     layers: Iterable[Layer],
-    places: Mapping[int, str],
+    modules: Mapping[int, str],
+    places: Mapping[str, list[str]],
     tensors: Mapping[str, torch.Tensor],
 ) -> list[Unit]:
     """Join what shares a tensor, is made together, or is changed by one layer."""
     groups, layers = list(groups), list(layers)
-    changed = [[f"{places[id(layer.module)]}.{key}" for key in layer.module._parameters] for layer in layers]
+    changed = [[f"{modules[id(layer.module)]}.{key}" for key in layer.module._parameters] for layer in layers]
     changed = [[name for name in names if name in tensors] for names in changed]
     leader = {name: name for name in tensors}
 
@@ -192,14 +196,15 @@ def _make_units(
             leader[name] = name = leader[leader[name]]
         return name
 
-    for names in [*tied, *(group.targets for group in groups), *changed]:
+    made = [[name for target in group.targets for name in places[target]] for group in groups]
+    for names in [*tied, *made, *changed]:
         for name in names[1:]:
             leader[find(name)] = find(names[0])
     units: dict[str, Unit] = {}
     for name in tensors:
         units.setdefault(find(name), Unit()).names.append(name)
-    for group in groups:
-        units[find(group.targets[0])].groups.append(group)
+    for group, names in zip(groups, made, strict=True):
+        units[find(names[0])].groups.append(group)
     for layer, names in zip(layers, changed, strict=True):
         units[find(names[0])].layers.append(layer)
     return list(units.values())

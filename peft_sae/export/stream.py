@@ -55,10 +55,10 @@ class StreamedMerge:
             self._untie(reader)
             self.tokens = resize_for(self._model, adapters.values())
             self._fill(reader)
-        own = list(self._model.state_dict(keep_vars=True).values())  # kept, so that their identities stay theirs
+        own = self._model.state_dict(keep_vars=True)  # kept, so that their identities stay theirs
         updates = [attach(self._model, name, adapters[name], factors[name], empty=True) for name in adapters]
         check_together(updates, adapters)
-        self.plan: Plan = make_plan(self._model, self._conversion, self._stored, updates, {*map(id, own)}, dtype)
+        self.plan: Plan = make_plan(self._model, self._conversion, self._stored, updates, own, dtype)
         ties = getattr(self._model.config.get_text_config(), "tie_word_embeddings", False)
         self.tied = is_tied(self._model) if ties else None
         self._owners = _owners(self._model)
@@ -120,7 +120,8 @@ class StreamedMerge:
     def _merge(self, unit: Unit, reader: TensorReader) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = {}
         for group in unit.groups:
-            tensors.update(self._load(group, reader))
+            for target, tensor in self._load(group, reader).items():
+                tensors.update(dict.fromkeys(self.plan.places.get(target, ()), tensor))
         tensors.update({name: self.plan.values[name] for name in unit.names if name in self.plan.values})
         if unit.layers:
             with self._filled(unit.names, tensors):

@@ -98,6 +98,8 @@ OPTIONS = {
     "patterns": {"rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 32}},
     "one bias": {"bias": "lora_only"},
     "modules_to_save": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "one of two tied": {"modules_to_save": ["embed_tokens"]},
+    "the other of two tied": {"modules_to_save": ["lm_head"]},
     "norms": {"modules_to_save": ["input_layernorm"]},
     "tokens": {"trainable_token_indices": [3, 7]},
     "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
