@@ -61,14 +61,17 @@ class Updates:
 
 
 def read_adapters(adapters: Iterable[str]) -> dict[str, dict[str, torch.Tensor]]:
-    """Return the tensors of adapters by their folders.
+    """Check the tensors of adapters and return their shapes, by their folders, as tensors that take no memory.
 
     Raises:
         ArtifactError: one is missing, damaged, of another type, or holds NaN.
     """
     for adapter in adapters:
         read_adapter_config(adapter)
-    return {adapter: read_adapter_weights(adapter) for adapter in adapters}
+    return {
+        adapter: {name: tensor.to("meta") for name, tensor in read_adapter_weights(adapter).items()}
+        for adapter in adapters
+    }
 
 
 def resize_for(model: Any, weights: Iterable[Mapping[str, torch.Tensor]]) -> int | None:
