@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ import torch
 from safetensors import SafetensorError
 
 from .errors import ArtifactError, ConfigError, suggest
+from .reading import LARGEST_JSON, check_regular, parse_json, read_text
+from .scratch import held, scratch_file, scratch_folder, swap_in
 
 _VERSIONED_PACKAGES = ("peft_sae", "peft", "torch", "transformers", "sae_lens", "transformer_lens")
 
@@ -38,34 +41,72 @@ def looks_like_path(text: str) -> bool:
 
 
 @contextmanager
-def replace_folder(target: str | Path, *, owned: Collection[str] = ()) -> Iterator[Path]:
+def replace_folder(target: str | Path, *, owned: Collection[str] = (), wait: bool = False) -> Iterator[Path]:
     """Yield an empty folder that takes the place of `target` when the block ends without an error.
+
+    Killed at any moment, it leaves the earlier version or the new one, and what lies about beside it goes the next
+    time that the target is written. Nothing is forced to the disk (fsync): that would double the time of a large merge
+    for the sake of power failures alone, after which sizes and digests tell what was lost.
 
     Args:
         target: folder to write. It may be missing, empty, or hold an earlier artefact of the kind.
         owned: names of the files that this kind of artefact consists of. A folder that holds anything else
             is never replaced.
+        wait: wait for another process that writes the same target, instead of stopping.
 
     Raises:
-        ArtifactError: the target is a file or a foreign folder, or cannot be written.
+        ArtifactError: the target is a file or a foreign folder, cannot be written, or is being written by another
+            process.
     """
     target = check_target(target, owned=owned)
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(target, wait=wait))
+            check_target(target, owned=owned)
+            scratch = scratch_folder(target)
+        except OSError as error:
+            if isinstance(error, ArtifactError):
+                raise
+            raise ArtifactError(f"Cannot write beside '{target}' ({error}). Give a writable folder.") from error
+        try:
+            yield scratch
+            _make_readable(scratch)
+            check_target(target, owned=owned)  # again: work may have appeared there in the meantime
+            swap_in(scratch, target)
+        except (OSError, SafetensorError) as error:
+            if isinstance(error, ArtifactError):
+                raise
+            raise _cannot_write(target, error) from error
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def replace_file(target: str | Path) -> Iterator[Path]:
+    """Yield an empty file that takes the place of `target` when the block ends without an error.
+
+    An earlier file of the name is replaced, and so is a link: nothing is written through it.
+
+    Raises:
+        ArtifactError: the target is a folder or cannot be written.
+    """
+    target = Path(target)
     try:
+        target = target.parent.resolve() / target.name
         target.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".partial", dir=target.parent))
-    except OSError as error:
-        raise ArtifactError(f"Cannot write beside '{target}' ({error}). Give a writable folder.") from error
-    try:
-        yield scratch
-        _make_readable(scratch)
-        check_target(target, owned=owned)  # again: work may have appeared there in the meantime
-        _swap_in(scratch, target)
+        with held(target, wait=True):
+            scratch = scratch_file(target)
+            try:
+                yield scratch
+                _make_readable(scratch)
+                os.replace(scratch, target)
+            finally:
+                scratch.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         if isinstance(error, ArtifactError):
             raise
-        raise ArtifactError(f"Cannot write '{target}' ({error}). Check the space and the rights there.") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        raise _cannot_write(target, error) from error
 
 
 def check_writable(target: str | Path) -> None:
@@ -78,10 +119,48 @@ def check_writable(target: str | Path) -> None:
     try:
         while not place.exists():
             place = place.parent
-        with tempfile.TemporaryDirectory(prefix=".", suffix=".partial", dir=place):
+        with tempfile.TemporaryFile(dir=place):  # without a name where the system can, so a kill leaves nothing
             pass
     except OSError as error:
         raise ArtifactError(f"Nothing can be written at '{target}' ({error}). Give another place.") from error
+
+
+def check_space(folder: str | Path, needed: int) -> None:
+    """Check that there is room for what is to be written, before any long work.
+
+    Args:
+        folder: a folder on the disk in question.
+        needed: bytes.
+
+    Raises:
+        ArtifactError: there is not.
+    """
+    free = _free(Path(folder))
+    if free is not None and needed > free:
+        raise ArtifactError(
+            f"'{folder}' has {_megabytes(free)} free, and {_megabytes(needed)} are needed. Make room there, or give "
+            "another place."
+        )
+
+
+def _cannot_write(target: Path, error: Exception) -> ArtifactError:
+    reason = str(error)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason
+    free = _free(target.parent) if full else None
+    room = "" if free is None else f"; {_megabytes(free)} are free there now"
+    remedy = "Make room there, or give another place." if full else "Check the path, the space and the rights."
+    return ArtifactError(f"Cannot write '{target}' ({reason}{room}), and nothing is left of it. {remedy}")
+
+
+def _free(folder: Path) -> int | None:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return None
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def check_target(target: str | Path, *, owned: Collection[str] = ()) -> Path:
@@ -107,28 +186,12 @@ def check_target(target: str | Path, *, owned: Collection[str] = ()) -> Path:
     )
 
 
-def _make_readable(folder: Path) -> None:
-    """Give files and folders the usual rights; temporary folders and safetensors files are made private."""
+def _make_readable(path: Path) -> None:
+    """Give files and folders the usual rights; temporary ones and safetensors files are made private."""
     mask = os.umask(0)
     os.umask(mask)
-    for path in (folder, *folder.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-
-
-def _swap_in(scratch: Path, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        os.replace(scratch, target)
-        return
-    retired = target.with_name(f"{scratch.name}.old")
-    os.replace(target, retired)
-    try:
-        os.replace(scratch, target)
-    except OSError:
-        if not target.exists():
-            os.replace(retired, target)
-        raise
-    finally:
-        shutil.rmtree(retired, ignore_errors=True)
+    for entry in (path, *(path.rglob("*") if path.is_dir() else ())):
+        entry.chmod((0o777 if entry.is_dir() else 0o666) & ~mask)
 
 
 def check_suffix(path: str | Path, suffixes: Sequence[str]) -> None:
@@ -155,17 +218,8 @@ def write_text(target: str | Path, text: str) -> None:
     Raises:
         ArtifactError: the target is a folder or cannot be written.
     """
-    target = Path(target)
-    scratch = target.with_name(f".{target.name[:100]}.{os.getpid()}.partial")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            scratch.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-            os.replace(scratch, target)
-        finally:
-            scratch.unlink(missing_ok=True)
-    except OSError as error:
-        raise ArtifactError(f"Cannot write '{target}' ({error}). Check the path, the space and the rights.") from error
+    with replace_file(target) as scratch:
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -173,24 +227,25 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, *, schema: str, newest: int) -> dict[str, Any]:
+def read_json(path: Path, *, schema: str, newest: int, largest: int = LARGEST_JSON) -> dict[str, Any]:
     """Read the JSON file of an artefact and check its kind and schema version.
 
     Args:
         path: the file.
         schema: the kind of artefact, as its `schema` entry must say.
         newest: the newest schema version that this code reads.
+        largest: bytes that it may have.
 
     Raises:
-        ArtifactError: the file is missing, not JSON, of another kind, or of a newer schema.
+        ArtifactError: the file is missing, not JSON, too large, of another kind, or of a newer schema.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(read_text(path, largest=largest))
     except FileNotFoundError as error:
         raise ArtifactError(
             f"'{path}' does not exist, so there is no {schema} in '{path.parent}'. Check the path."
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(
             f"'{path}' cannot be read as JSON ({error}); it is damaged or truncated. Write it again."
         ) from error
@@ -211,9 +266,9 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     Raises:
         ArtifactError: the file cannot be written.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    check_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()))
     try:
         save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
@@ -234,6 +289,7 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[Sequence[int], torch.d
     from safetensors import safe_open
 
     try:
+        check_regular(path)
         with safe_open(path, framework="pt", device="cpu") as file:
             _check_names(path, set(file.keys()), set(expected))
             for name, (shape, dtype) in expected.items():

@@ -83,6 +83,7 @@ def test_old_folder_comes_back_when_the_swap_fails(tmp_path, monkeypatch):
             raise OSError("disk full")
         replace(source, target)
 
+    monkeypatch.setattr("peft_sae.scratch.exchange", lambda first, second: False)  # not every system can
     monkeypatch.setattr(os, "replace", fail_to_move_in)
     with pytest.raises(ArtifactError, match=r"Cannot write .*disk full"):
         _write(tmp_path / "out", "new")

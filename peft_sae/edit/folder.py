@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..adapter import CONFIG_FILE, EDIT_FILE, WEIGHTS_FILE
 from ..errors import ArtifactError
+from ..reading import stays_inside
 
 _REPLACED = (WEIGHTS_FILE, EDIT_FILE)
 # Other copies of the weights of before the edit, and the state of a training that does not go on from the edited ones.
@@ -59,7 +60,7 @@ def _copy(folder: Path, target: Path, root: Path, left_out: list[str]) -> None:
     for path in sorted(folder.iterdir()):
         if folder == root and path.name in _REPLACED:
             continue
-        if path.is_file() and _stays_inside(path, root) and not _is_stale(path):
+        if path.is_file() and stays_inside(path, root) and not _is_stale(path):
             shutil.copyfile(path, target / path.name)
         elif path.is_dir() and not path.is_symlink() and not _is_stale(path):
             (target / path.name).mkdir()
@@ -72,10 +73,3 @@ def _is_stale(path: Path) -> bool:
     if any(fnmatch(path.name, pattern) for pattern in _STALE):
         return True
     return path.is_dir() and (path.name.startswith(".") or (path / CONFIG_FILE).exists())
-
-
-def _stays_inside(path: Path, root: Path) -> bool:
-    """Whether a file lies where its name says; the Hub's cache keeps a snapshot's files in a folder beside it."""
-    place, root = path.resolve(), root.resolve()
-    in_cache = root.parent.name == "snapshots" and place.parent == root.parent.parent / "blobs"
-    return place.is_relative_to(root) or in_cache

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import check_target, replace_folder
+from ..artifact import check_space, check_target, replace_folder
 from ..checkpoint import CONFIG_NAME, base_folder
 from ..errors import ArtifactError, ConfigError, suggest
 from .companions import copy_companions, copy_tokenizer
@@ -117,7 +116,7 @@ def _merge_streamed(
             source,
             merge.unknown[0],
         )
-    _check_space(folder, plan.size)
+    check_space(folder, plan.size)
     shaped = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in plan.outputs.items()}
     split = split_torch_state_dict_into_shards(shaped, filename_pattern=_PATTERN, max_shard_size=limit)
     with tqdm(total=plan.size, unit="B", unit_scale=True, desc="Merging", disable=not progress) as bar:
@@ -133,15 +132,6 @@ def _merge_streamed(
     if dtype is not None:
         changes["dtype"] = str(dtype).removeprefix("torch.")
     return changes
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ArtifactError(
-            f"The merged checkpoint takes {needed / 1e9:.2f} GB, and only {free / 1e9:.2f} GB are free beside "
-            f"'{folder.parent}'. Free some, or give another folder."
-        )
 
 
 def factors_of(adapter: Adapters) -> dict[str, float]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..artifact import digest
+from ..artifact import digest, replace_file
 from ..errors import ArtifactError, ConfigError
 from .share import Share
 from .statistics import FeatureStatistics
@@ -99,17 +97,6 @@ class StateFile:
         tensors, description = progress.statistics.to_tensors()
         description["digest"] = digest(tensors, description)
         entry = json.dumps({**description, "run": self._run, "batches": dict(progress.batches)})
-        try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            handle, scratch = tempfile.mkstemp(prefix=f".{self._path.name}.", suffix=".partial", dir=self._path.parent)
-            os.close(handle)
-            try:
-                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, {_ENTRY: entry})
-                os.replace(scratch, self._path)
-            finally:
-                Path(scratch).unlink(missing_ok=True)
-        except (OSError, SafetensorError) as error:
-            raise ArtifactError(
-                f"The state cannot be written to '{self._path}' ({error}). Check the space and the rights there."
-            ) from error
+        with replace_file(self._path) as scratch:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch, {_ENTRY: entry})
         self._last = time.monotonic()

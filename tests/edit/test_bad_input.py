@@ -234,7 +234,7 @@ def test_a_place_without_the_right_to_write(trained, refused, monkeypatch):
     def forbid(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tempfile.TemporaryDirectory", forbid)
+    monkeypatch.setattr("tempfile.TemporaryFile", forbid)
     refused(
         ArtifactError, r"Nothing can be written at .*Permission denied.* Give another place", adapter, remove=["1:0"]
     )
