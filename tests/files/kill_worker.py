@@ -153,9 +153,8 @@ def main(kind, place):
         assert check(target) == expected, f"trial {trial}: a rerun differs"
         names = {path.name for path in place.iterdir()}
         assert names == complete, f"trial {trial}: {sorted(names ^ complete)} is left"
-    print(
-        json.dumps({"killed": killed, "trials": trial, "absent": absent, "leftovers": leftovers, "seconds": duration})
-    )
+    found = {"killed": killed, "trials": trial, "absent": absent, "leftovers": leftovers, "seconds": duration}
+    sys.stdout.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":
