@@ -1,6 +1,6 @@
-"""`python -m peft_sae` is `peft-sae`."""
+"""`python -m peft_sae` is `peft-sae`, and runs a script that is named in place of a command."""
 
-from .cli import main
+from .cli import main_of_module
 
 if __name__ == "__main__":
-    main()
+    main_of_module()

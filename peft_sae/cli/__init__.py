@@ -1,5 +1,5 @@
 """The command line `peft-sae`."""
 
-from .app import main
+from .app import main, main_of_module
 
-__all__ = ["main"]
+__all__ = ["main", "main_of_module"]

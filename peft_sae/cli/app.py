@@ -17,7 +17,9 @@ from ..escape import visible
 from .edit import edit
 from .inspect import inspect
 from .merge import merge
+from .run import run, run_script, with_command
 from .select import select
+from .train import train
 
 app = typer.Typer(
     name="peft-sae",
@@ -28,25 +30,54 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-FAILED = 1  # exit code for an error of this package; 2 is the usage error of the command line itself
+FAILED = 1  # exit code for an error of this package
+WRONG_USAGE = 2  # as the command line itself has it
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 an error that was told, 2 wrong usage."""
+    """Run the command line. Exit codes: 0 done, 1 an error that was told, 2 wrong usage; of `run`, the script's own."""
+    arguments = sys.argv[1:]
+    try:
+        if arguments[:1] == ["run"] and arguments[1:2] not in ([], ["--help"]):
+            # Outside of the command line's own handling: a script's logging, signals and errors are its own affair.
+            run_script(arguments[1:])
+            return
+        _prepare()
+        app()
+    except PeftSaeError as error:
+        _tell(error)
+        sys.exit(FAILED)
+
+
+def main_of_module() -> None:
+    """Run `python -m peft_sae`: a command, or else the script that is named."""
+    try:
+        sys.argv[1:] = with_command(sys.argv[1:], _commands())
+    except PeftSaeError as error:
+        _tell(error)
+        sys.exit(WRONG_USAGE)
+    main()
+
+
+def _commands() -> list[str]:
+    named = [command.name or getattr(command.callback, "__name__", "") for command in app.registered_commands]
+    return list(map(str, named))
+
+
+def _prepare() -> None:
     # PEFT asks transformers for an attribute under its old name; the reader of a terminal can do nothing about it.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # So that temporary folders are removed when a scheduler stops the job.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        app()
-    except PeftSaeError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}:[/] ", end="")
-        # Messages quote what files and servers say, which must not drive the terminal.
-        Console(stderr=True).print("\n".join(map(visible, str(error).split("\n"))), markup=False, highlight=False)
-        sys.exit(FAILED)
+
+
+def _tell(error: PeftSaeError) -> None:
+    Console(stderr=True).print(f"[bold red]{type(error).__name__}:[/] ", end="")
+    # Messages quote what files and servers say, which must not drive the terminal.
+    Console(stderr=True).print("\n".join(map(visible, str(error).split("\n"))), markup=False, highlight=False)
 
 
 @app.command()
@@ -68,27 +99,10 @@ def demo(
 
 app.command()(select)
 app.command()(inspect)
+app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
 
 
-@app.command()
-def train(
-    config: Annotated[Path, typer.Argument(help="YAML file of the job; see configs/.")],
-    model: Annotated[str | None, typer.Option(help="Overrides the file's.")] = None,
-    data: Annotated[str | None, typer.Option(help="Overrides the file's.")] = None,
-    subspace: Annotated[str | None, typer.Option(help="Overrides the file's.")] = None,
-    output: Annotated[str | None, typer.Option(help="Overrides the file's.")] = None,
-    quiet: Quiet = False,
-) -> None:
-    """Train an adapter as a YAML file describes.
-
-    Example: `peft-sae train configs/gemma-2-2b.yaml --output outputs/adapter`
-    """
-    from ..training import read_job, run_job
-
-    job = read_job(config, model=model, data=data, subspace=subspace, output=output)
-    Console().print(f"Adapter written to {run_job(job, progress=not quiet)}", markup=False)
-
-
+app.command()(train)
 app.command()(edit)
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from peft_sae import FeatureStatistics, Subspace
 from tests.tiny import ALIGNED, UNALIGNED, make_model, make_sae, make_tokenizer
 
-COMMANDS = ["demo", "select", "train", "inspect", "edit", "merge", "export-lora"]
+COMMANDS = ["demo", "select", "train", "inspect", "edit", "merge", "export-lora", "run"]
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_help_shows_an_example(run, name):
         ((*SELECT, "--aligned", "nowhere.jsonl"), 1, "DataError: The aligned data 'nowhere.jsonl' cannot be opened"),
         (("train", "nowhere.yaml"), 1, "ConfigError: 'nowhere.yaml' cannot be opened"),
         (("train", "job.yaml"), 1, "ArtifactError: Subspace 'subspace' is no folder here"),
-        (("merge", "base", "nowhere", "out"), 1, "ArtifactError: 'nowhere' has no adapter_config.json"),
+        (("merge", "base", "nowhere", "out"), 1, "ArtifactError: The adapter 'nowhere' is no folder, and cannot be"),
         (("export-lora", "base", "out"), 1, "ArtifactError: 'base' has no adapter_config.json"),
     ],
 )
