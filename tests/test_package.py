@@ -34,6 +34,7 @@ ORDER = [
     "edit",
     "training",
     "export",
+    "jobs",
     "cli",
     "demo",
 ]
@@ -127,7 +128,7 @@ def test_errors_are_of_the_promised_kinds():
 def test_every_shipped_job_passes_its_schema_and_trainings_own(path, tmp_path):
     from transformers import TrainingArguments
 
-    from peft_sae.training import read_job
+    from peft_sae.jobs import read_job
 
     job = read_job(path)
 

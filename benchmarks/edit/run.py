@@ -34,8 +34,9 @@ from peft_sae.demo.context import one_thread
 from peft_sae.demo.evaluate import evaluate, read_requests
 from peft_sae.demo.run import run_demo
 from peft_sae.edit import read_edits
-from peft_sae.training import read_job, train_adapter
-from peft_sae.training.job import load_model
+from peft_sae.jobs import read_job
+from peft_sae.jobs.models import load_model
+from peft_sae.training import train_adapter
 
 _JOB = Path(__file__).parents[2] / "peft_sae" / "demo" / "job.yaml"
 _BEST = (1, 2, 4, 8)

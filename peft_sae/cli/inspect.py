@@ -95,7 +95,7 @@ def inspect(
 
 def _model(adapter: Path, base: str | None, device: str) -> Any:
     from ..adapter import read_adapter_config
-    from ..training.job import load_model
+    from ..jobs.models import load_model
 
     name = base or read_adapter_config(adapter).get("base_model_name_or_path")
     if not name:

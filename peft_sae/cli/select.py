@@ -102,11 +102,11 @@ def select(
     --output outputs/subspace`
     """
     from ..artifact import check_suffix
+    from ..jobs.selection import SelectionJob, read_selection
+    from ..jobs.selection_run import run_selection
     from ..selection.labels import fetch_labels as ask_neuronpedia
     from ..selection.labels import read_labels
     from ..selection.table import SUFFIXES, describe_features
-    from ..training.selection import SelectionJob, read_selection
-    from ..training.selection_run import run_selection
     from .tables import print_features
 
     given = {name: value for name, value in locals().items() if name in SelectionJob.__dataclass_fields__}
@@ -130,7 +130,7 @@ def select(
         model=result.model,
         tokenizer=result.tokenizer,
         statistics=result.statistics,
-        data=job.data if result.statistics.has_texts and job.data else None,
+        data=result.data if result.statistics.has_texts and result.data else None,
         labels=known,
     )
     print_features(shown, result.subspace, per_site=rows)

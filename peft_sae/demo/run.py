@@ -15,13 +15,15 @@ from rich.table import Table
 from ..artifact import write_json
 from ..cli.tables import print_features
 from ..export import merge_checkpoint
+from ..jobs import TrainingJob, read_job
+from ..jobs.bars import other_bars
+from ..jobs.models import load_model
 from ..sae import load_saes
 from ..subspace import Subspace
 from ..subspace.build import build_subspace
 from ..subspace.controls import control_subspace
-from ..training import TrainingJob, read_job, train_adapter
-from ..training.job import load_model
-from .context import one_thread, transformers_bars
+from ..training import train_adapter
+from .context import one_thread
 from .evaluate import Behaviour, evaluate, read_requests
 from .world import World, build_world
 
@@ -73,7 +75,7 @@ def run_demo(directory: str | Path, *, seed: int = 0, progress: bool = True) -> 
     Raises:
         ArtifactError: the folder holds a damaged world or something else.
     """
-    with one_thread(), transformers_bars(progress):
+    with one_thread(), other_bars(progress):
         return _run(Path(directory) / f"seed-{seed}", seed, progress)
 
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..artifact import package_versions, read_json, replace_folder, write_json
 from ..errors import ArtifactError
-from .context import one_thread, transformers_bars
+from ..jobs.bars import other_bars
+from .context import one_thread
 from .language import (
     Language,
     Topic,
@@ -154,7 +155,7 @@ def _build(world: World, size: WorldSize, progress: bool) -> None:
     _write_jsonl(world.evaluation, evaluation_records(language))
     tokenizer = make_tokenizer(language)
     model = train_model(language, tokenizer, size.model, progress=progress)
-    with transformers_bars(progress):
+    with other_bars(progress):
         model.save_pretrained(world.model)
         tokenizer.save_pretrained(world.model)
     quality = _build_saes(world, language, model, tokenizer, size, progress)

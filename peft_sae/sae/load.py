@@ -103,6 +103,32 @@ def _load_release(
     from sae_lens import SAE
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 
+    chosen = ids_of_release(release, ids, layers)
+    entry = get_pretrained_saes_directory()[release]
+    handles = []
+    for sae_id in chosen:
+        _check_not_cross_layer(release, sae_id, entry)
+        try:
+            with _quiet():
+                sae = SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
+        except Exception as error:  # sae-lens passes on whatever the network or a damaged file leads it into
+            raise ArtifactError(
+                f"The SAE {sae_id!r} of release {release!r} cannot be loaded ({error!r}). Check the network and the "
+                "Hugging Face cache."
+            ) from error
+        neuronpedia_id = entry.neuronpedia_id.get(sae_id)
+        handles.append(make_handle(sae, name=f"{release}/{sae_id}", neuronpedia_id=neuronpedia_id))
+    return handles
+
+
+def ids_of_release(release: str, ids: Sequence[str] | None, layers: Sequence[int] | None) -> dict[str, str]:
+    """Return the SAEs of a release that are meant, with their paths in it, as sae-lens' directory has them.
+
+    Raises:
+        ConfigError: unknown release or id, or `layers` does not say which SAE is meant.
+    """
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+
     directory = get_pretrained_saes_directory()
     if release not in directory:
         if looks_like_path(release):
@@ -120,20 +146,7 @@ def _load_release(
         raise ConfigError(
             f"Release {release!r} has no SAEs {unknown}. Similar ids: {_similar(unknown[0], entry.saes_map)}."
         )
-    handles = []
-    for sae_id in chosen:
-        _check_not_cross_layer(release, sae_id, entry)
-        try:
-            with _quiet():
-                sae = SAE.from_pretrained(release, sae_id, device=device, dtype=dtype)
-        except Exception as error:  # sae-lens passes on whatever the network or a damaged file leads it into
-            raise ArtifactError(
-                f"The SAE {sae_id!r} of release {release!r} cannot be loaded ({error!r}). Check the network and the "
-                "Hugging Face cache."
-            ) from error
-        neuronpedia_id = entry.neuronpedia_id.get(sae_id)
-        handles.append(make_handle(sae, name=f"{release}/{sae_id}", neuronpedia_id=neuronpedia_id))
-    return handles
+    return {sae_id: str(entry.saes_map[sae_id]) for sae_id in chosen}
 
 
 def _check_not_cross_layer(release: str, sae_id: str, entry: Any) -> None:

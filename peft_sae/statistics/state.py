@@ -32,6 +32,12 @@ class Progress:
     batches: Mapping[str, int]
 
 
+def state_path(path: str | Path, share: Share) -> Path:
+    """Return where a process keeps its state: processes that read one data set together have one file each."""
+    path = Path(path)
+    return path if share.world == 1 else path.with_name(f"{path.name}.{share.rank}-of-{share.world}")
+
+
 class StateFile:
     """One file, replaced as a whole, so that it is never half-written.
 
@@ -43,9 +49,7 @@ class StateFile:
     """
 
     def __init__(self, path: str | Path | None, run: Mapping[str, Any], share: Share, every: float) -> None:
-        self._path = None if path is None else Path(path)
-        if self._path is not None and share.world > 1:
-            self._path = self._path.with_name(f"{self._path.name}.{share.rank}-of-{share.world}")
+        self._path = None if path is None else state_path(path, share)
         self._run = json.loads(json.dumps(dict(run)))
         self._every, self._last = every, time.monotonic()
 

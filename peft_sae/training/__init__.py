@@ -1,6 +1,5 @@
-"""Supervised fine-tuning of an adapter with `transformers.Trainer`."""
+"""Fine-tuning of an adapter with TRL."""
 
-from .job import TrainingJob, read_job, run_job
 from .train import train_adapter
 
-__all__ = ["TrainingJob", "read_job", "run_job", "train_adapter"]
+__all__ = ["train_adapter"]

@@ -1,27 +1,33 @@
-"""Training an adapter on completions."""
+"""Training an adapter with TRL."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+import shutil
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..artifact import check_target, replace_folder
-from ..errors import ConfigError, DataError, suggest
-from ..statistics.data import ExampleReader
-from ..statistics.records import Data, iterate_records
+from ..errors import ConfigError, PeftSaeError
+from ..statistics.records import Data
+from .checkpoints import JOB_FILE, check_same_job, last_checkpoint, write_job
+from .examples import Learned, to_dataset
+from .settings import Method, training_arguments
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 logger = logging.getLogger(__name__)
 
-_IGNORED = -100  # the label that transformers' loss passes over
+_FINAL = "final"  # where all processes save to, before one of them moves it
+_CARD = "README.md"  # TRL writes one beside its checkpoints
+_PICKLED = "training_args.bin"
 
 
 def train_adapter(
@@ -31,23 +37,36 @@ def train_adapter(
     config: PeftConfig,
     output: str | Path,
     *,
+    method: Method = "sft",
+    eval_data: Data | None = None,
+    learn: Learned | None = None,
     max_length: int | None = None,
+    callbacks: Sequence[type[TrainerCallback]] = (),
     progress: bool = True,
     **arguments: Any,
 ) -> PeftModel:
-    """Put an adapter on a model and train it with `transformers.Trainer`; the loss counts the responses only.
+    """Put an adapter on a model and train it with TRL's `SFTTrainer` or `DPOTrainer`.
+
+    A training that was stopped goes on from its last complete checkpoint when it is started again; with other settings
+    or other data it is refused. Under a launcher (`accelerate launch`) the processes train together, and one writes.
 
     Args:
         model: the base model, adapted in place.
         tokenizer: its tokenizer.
-        data: records with `prompt` and `completion`, or with `messages`; see `collect_statistics`. Plain text counts
-            whole.
+        data: for `sft`, records with `prompt` and `completion`, or with `messages`, of which the answers are learned,
+            or plain text, which is learned whole; see `collect_statistics`. For `dpo`, records with `chosen` and
+            `rejected`.
         config: the adapter's configuration, of any PEFT type.
-        output: folder that the trained adapter is written to; missing or empty. Checkpoints, if `save_strategy` asks
-            for them, go beside it, into a folder whose name ends in `.checkpoints`.
+        output: folder that the trained adapter is written to, with the tokenizer; missing or empty. Checkpoints go
+            beside it, into a folder whose name ends in `.checkpoints`; they stay if `save_strategy` or `save_steps` is
+            given.
+        method: `sft` or `dpo` (arXiv 2305.18290).
+        eval_data: texts for `eval_strategy`, in the form of `data`.
+        learn: tokens that `sft` learns, see `encode_examples`.
         max_length: tokens per example; longer ones are cut. By default the model's context length.
+        callbacks: classes of `TrainerCallback`s that are made with the Trainer, such as `SubspaceCallback`.
         progress: show the Trainer's progress bar.
-        **arguments: passed on to `transformers.TrainingArguments`.
+        **arguments: of `trl.SFTConfig` or `trl.DPOConfig`, and so of `transformers.TrainingArguments`.
 
     Returns:
         The adapted model, in evaluation mode.
@@ -55,118 +74,123 @@ def train_adapter(
     Raises:
         DataError: the data are empty or malformed.
         ArtifactError: the output cannot be written.
-        ConfigError: an argument that `TrainingArguments` does not know.
+        ConfigError: an argument that the Trainer does not know or cannot use, or checkpoints of another job.
     """
-    from peft import get_peft_model
-    from transformers import Trainer
-
     check_target(output)
-    features = encode_examples(tokenizer, data, max_length or _context_length(model))
-    settings = _training_arguments(output, arguments, progress)
-    adapted = get_peft_model(model, config)
-    trainer = Trainer(
-        model=adapted,
-        args=settings,
-        train_dataset=features,
-        data_collator=Collator(tokenizer.pad_token_id or 0),
-        processing_class=tokenizer,
-    )
-    trainer.train()
-    with replace_folder(output) as folder:
-        adapted.save_pretrained(str(folder))
+    work = Path(f"{output}.checkpoints")
+    length = max_length or _context_length(model)
+    settings = training_arguments(method, arguments, work, max_length=length, progress=progress)
+    dataset = to_dataset(method, tokenizer, data, length, learn)
+    held_out = None if eval_data is None else to_dataset(method, tokenizer, eval_data, length, learn)
+    job = _describe(method, arguments, config, model, dataset)
+    checkpoint = last_checkpoint(work)
+    if checkpoint is not None:
+        check_same_job(work, job)
+        logger.warning("The training goes on from '%s'.", checkpoint)
+    with _own_forward(model):
+        trainer = _make_trainer(
+            method, model, settings, tokenizer, config, train_dataset=dataset, eval_dataset=held_out
+        )
+        for kind in callbacks:
+            trainer.add_callback(kind(trainer))
+        if settings.should_save:
+            write_job(work, job)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        _save(trainer, Path(output), work, keep={"save_strategy", "save_steps"} & set(arguments))
+        adapted: PeftModel = trainer.accelerator.unwrap_model(trainer.model)
+        if settings.gradient_checkpointing:
+            _stop_checkpointing(adapted)
     return adapted.eval()
 
 
-def encode_examples(tokenizer: PreTrainedTokenizerBase, data: Data, max_length: int) -> list[dict[str, list[int]]]:
-    """Tokenise training data, with the prompt's labels masked.
+def _make_trainer(
+    method: Method, model: Any, settings: Any, tokenizer: Any, config: PeftConfig, **datasets: Any
+) -> Any:
+    import trl
 
-    EOS is learned at the end of a text, except where a chat template has ended it in its own way or the text was cut.
-
-    Args:
-        tokenizer: a fast tokenizer.
-        data: the records.
-        max_length: tokens per example; longer ones are cut, EOS included.
-
-    Returns:
-        One mapping per example with `input_ids` and `labels`, lists of the same length.
-
-    Raises:
-        DataError: there are no records, or one has no token to learn from.
-    """
-    records = list(iterate_records(data, "training"))
-    if not records:
-        raise DataError("The training data are empty, so there is nothing to learn. Give at least one record.")
-    plain = isinstance(records[0], str) or (isinstance(records[0], Mapping) and "text" in records[0])
-    reader = ExampleReader(
-        tokenizer, tokens="all" if plain else "assistant", max_length=max_length - 1, prepend_bos=False
-    )
-    features = []
-    for number, record in enumerate(records):
-        example = reader.read(record, number)
-        labels = [token if counted else _IGNORED for token, counted in zip(example.ids, example.counted, strict=True)]
-        ids, eos = list(example.ids), tokenizer.eos_token_id
-        if ids[-1] == eos:  # put there by the tokenizer, which the reader does not count
-            labels[-1] = eos
-        elif eos is not None and not example.templated and not example.cut:
-            ids, labels = [*ids, eos], [*labels, eos]
-        if all(label in (_IGNORED, tokenizer.eos_token_id) for label in labels):
-            raise DataError(
-                f"Training example {number} has no response within {max_length} tokens, so nothing is learned from it. "
-                "Raise max_length, or remove it."
-            )
-        features.append({"input_ids": ids, "labels": labels})
-    if reader.truncated:
-        logger.warning("%d of %d training texts were cut at %d tokens.", reader.truncated, len(records), max_length)
-    return features
-
-
-class Collator:
-    """Pads examples on the right to the longest of their batch.
-
-    Args:
-        pad_id: token id to pad with.
-    """
-
-    def __init__(self, pad_id: int) -> None:
-        self._pad_id = pad_id
-
-    def __call__(self, features: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """Return `input_ids`, `attention_mask` and `labels`, each int64 [batch, length]."""
-        length = max(len(feature["input_ids"]) for feature in features)
-        batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
-        for feature in features:
-            missing = length - len(feature["input_ids"])
-            batch["input_ids"].append([*feature["input_ids"], *[self._pad_id] * missing])
-            batch["attention_mask"].append([1] * len(feature["input_ids"]) + [0] * missing)
-            batch["labels"].append([*feature["labels"], *[_IGNORED] * missing])
-        return {name: torch.tensor(rows) for name, rows in batch.items()}
-
-
-def _training_arguments(output: str | Path, arguments: Mapping[str, Any], progress: bool) -> Any:
-    from transformers import TrainingArguments
-
-    defaults = {
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": not progress,
-        "remove_unused_columns": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-    }
-    known = {entry.name for entry in fields(TrainingArguments)}
-    for name in arguments:
-        if name not in known:
-            raise ConfigError(
-                f"transformers.TrainingArguments has no argument {name!r}, so its value would be lost."
-                f"{suggest(name, known)} See its documentation for the names."
-            )
+    kind = trl.DPOTrainer if method == "dpo" else trl.SFTTrainer
     try:
-        return TrainingArguments(output_dir=f"{output}.checkpoints", **{**defaults, **arguments})
-    except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"transformers.TrainingArguments refuses {dict(arguments)} ({error}). See its documentation for their "
-            "values."
-        ) from error
+        with warnings.catch_warnings():
+            # PEFT and TRL ask transformers for checkpointing under its old name.
+            warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
+            return kind(model, args=settings, processing_class=tokenizer, peft_config=config, **datasets)
+    except PeftSaeError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"trl.{kind.__name__} refuses the job ({error}).") from error
+
+
+def _save(trainer: Any, output: Path, work: Path, *, keep: Collection[str]) -> None:
+    """Write the adapter; sharded weights are gathered by all processes, and one moves what was written.
+
+    Checkpoints that nobody asked for were there to go on from, and go.
+    """
+    place = work / _FINAL
+    if trainer.args.should_save:
+        shutil.rmtree(place, ignore_errors=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(place))
+    trainer.accelerator.wait_for_everyone()
+    if trainer.args.should_save:
+        with replace_folder(output) as folder:
+            for path in place.iterdir():
+                if path.name != _PICKLED:
+                    shutil.move(path, folder / path.name)
+        shutil.rmtree(place)
+        for checkpoint in () if keep else work.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+        if not any(work.glob("checkpoint-*")):
+            for name in (JOB_FILE, _CARD):
+                (work / name).unlink(missing_ok=True)
+            with suppress(OSError):  # it may hold more than this
+                work.rmdir()
+    trainer.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _own_forward(model: Any) -> Iterator[None]:
+    """Take TRL's own forward method off the model again, which computes its loss in tiles."""
+    before = model.__dict__.get("forward")
+    try:
+        yield
+    finally:
+        if before is not None:
+            model.forward = before
+        else:
+            model.__dict__.pop("forward", None)
+
+
+def _stop_checkpointing(adapted: Any) -> None:
+    base = adapted.get_base_model()
+    if hasattr(base, "activation_checkpointing_disable"):  # its name from transformers 5.23 on
+        base.activation_checkpointing_disable()
+    else:
+        base.gradient_checkpointing_disable()
+    base.disable_input_require_grads()
+
+
+def _describe(method: Method, arguments: Any, config: PeftConfig, model: Any, dataset: Any) -> dict[str, Any]:
+    """What must agree between a training and its continuation, as JSON."""
+    settings = {key: value for key, value in config.to_dict().items() if key != "subspace"}
+    subspace = getattr(config, "subspace", None)
+    digest = getattr(subspace, "digest", subspace)
+    content = hashlib.sha256()
+    for record in dataset:
+        content.update(json.dumps(record, sort_keys=True).encode())
+    described = {
+        "method": method,
+        "arguments": dict(arguments),
+        "adapter": settings,
+        "subspace": digest,
+        "data": content.hexdigest(),
+        "model": model.config.to_dict(),
+    }
+    return dict(json.loads(json.dumps(described, default=_plain, sort_keys=True)))
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value, key=str) if isinstance(value, (set, frozenset)) else str(value)
 
 
 def _context_length(model: PreTrainedModel) -> int:
-    return int(getattr(model.config, "max_position_embeddings", 0) or 0) or 2**31
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0) or 2**31

@@ -22,14 +22,15 @@ from peft_sae import FeatureStatistics, SaeSubspaceConfig, Subspace, merge_check
 from peft_sae.adapter import read_adapter_config, read_adapter_weights  # noqa: E402
 from peft_sae.artifact import digest  # noqa: E402
 from peft_sae.checkpoint import load_base  # noqa: E402
+from peft_sae.jobs.selection import SelectionJob  # noqa: E402
+from peft_sae.jobs.selection_run import run_selection  # noqa: E402
 from peft_sae.training import train_adapter  # noqa: E402
-from peft_sae.training.selection import SelectionJob  # noqa: E402
-from peft_sae.training.selection_run import run_selection  # noqa: E402
 from tests import tiny  # noqa: E402
 
 KILLS = 30
-# Shares of the job's duration; of a training only the end is of interest, where it saves.
-MOMENTS = {"merge": (0, 1), "select": (0, 1), "train": (0.7, 1)}
+TARGET = "target"
+# Shares of the job's duration.
+MOMENTS = {"merge": (0, 1), "select": (0, 1), "train": (0.2, 1)}
 
 
 def merge_job(place):
@@ -80,7 +81,7 @@ def train_job(place):
     config = SaeSubspaceConfig(subspace=tiny.make_subspace(model), r=4, target_modules=["q_proj"])
 
     def run(target):
-        options = {"num_train_epochs": 1, "use_cpu": True, "seed": 0, "save_strategy": "steps", "save_steps": 1}
+        options = {"num_train_epochs": 1, "seed": 0, "save_steps": 1, "per_device_train_batch_size": 2}
         train_adapter(model, tokenizer, tiny.ALIGNED * 2, config, target, progress=False, **options)
 
     def check(target):
@@ -111,6 +112,13 @@ def forked(run, target):
         os._exit(1)
 
 
+def wait_for_scratch(child, place):
+    """Wait until the job is writing, or done: few of the random moments fall into so short a time."""
+    while not any(path.name.startswith(f".{TARGET}") for path in place.iterdir()):
+        if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            return
+
+
 def clean(place, kept):
     for path in set(place.iterdir()) - kept:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -120,8 +128,9 @@ def main(kind, place):
     chance = random.Random(0)
     run, check = JOBS[kind](place)
     kept = set(place.iterdir())
-    target = place / "target"
-    for _ in range(2):  # the first one is slower
+    target = place / TARGET
+    run(target)  # here, so that no child has to import anything
+    for _ in range(2):
         clean(place, kept)
         started = time.monotonic()
         assert os.waitpid(forked(run, target), 0)[1] == 0
@@ -137,6 +146,8 @@ def main(kind, place):
             shutil.rmtree(target, ignore_errors=True)
         child = forked(run, target)
         time.sleep(duration * chance.uniform(*MOMENTS[kind]))
+        if trial % 3 == 0:
+            wait_for_scratch(child, place)
         os.kill(child, signal.SIGKILL)
         killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
         leftovers += bool({path.name for path in place.iterdir() if path.name.startswith(".")})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from ..selection.criteria import Criteria
 from ..statistics.measures import Measures
 from ..statistics.records import Data, split_preferences
 from ..subspace.controls import CONTROLS
+from .data import open_data
 from .fields import read_fields
 
 MEASURES = {
@@ -31,14 +32,14 @@ class SelectionJob:
         output: folder that the Subspace is written to.
         ids: SAEs of the release.
         layers: blocks, instead of `ids`.
-        aligned: JSONL file of texts to move towards.
-        unaligned: JSONL file of texts to move away from.
-        preferences: instead of both, JSONL file of records with `chosen` and `rejected`.
+        aligned: texts to move towards: a file or a data set of the Hub, see `open_data`.
+        unaligned: texts to move away from.
+        preferences: instead of both, records with `chosen` and `rejected`.
         from_statistics: folder of statistics of an earlier run: the model is not run again. Texts beside it are only
             read for those that the statistics name as most active.
         statistics: folder that the statistics are written to. While they are collected their state is beside it, and a
             killed run goes on from there.
-        retain: JSONL file of texts whose features are to be left alone.
+        retain: texts whose features are to be left alone.
         retain_by: `exclude` or `protect`, see `build_subspace`.
         retain_ratio: see `Criteria`.
         selector: how features are scored.
@@ -69,12 +70,12 @@ class SelectionJob:
     output: str
     ids: Sequence[str] = ()
     layers: Sequence[int] = ()
-    aligned: str | None = None
-    unaligned: str | None = None
-    preferences: str | None = None
+    aligned: str | Mapping[str, Any] | None = None
+    unaligned: str | Mapping[str, Any] | None = None
+    preferences: str | Mapping[str, Any] | None = None
     from_statistics: str | None = None
     statistics: str | None = None
-    retain: str | None = None
+    retain: str | Mapping[str, Any] | None = None
     retain_by: Literal["exclude", "protect"] = "exclude"
     retain_ratio: float = 0.5
     selector: str = "mean_difference"
@@ -157,15 +158,20 @@ class SelectionJob:
             retain_ratio=self.retain_ratio,
         )
 
-    @property
-    def data(self) -> dict[str, Data]:
-        """The texts by class; none if there are only statistics."""
+    def open_data(self) -> dict[str, Data]:
+        """Return the texts by class; none if there are only statistics.
+
+        Raises:
+            DataError: a file or a data set cannot be read.
+        """
+        found: dict[str, Data] = {}
         if self.preferences is not None:
-            aligned, unaligned = split_preferences(self.preferences)
-            found: dict[str, Data] = {"aligned": aligned, "unaligned": unaligned}
-        else:
-            found = {name: text for name in ("aligned", "unaligned") if (text := getattr(self, name)) is not None}
-        return found | ({} if self.retain is None else {"retain": self.retain})
+            found["aligned"], found["unaligned"] = split_preferences(open_data(self.preferences, "preference"))
+        for name in ("aligned", "unaligned", "retain"):
+            source = getattr(self, name)
+            if source is not None:
+                found[name] = open_data(source, name)
+        return found
 
 
 def read_selection(path: str | Path | None, **overrides: Any) -> SelectionJob:

@@ -9,29 +9,12 @@ import yaml
 
 from peft_sae import FeatureStatistics, Subspace
 from peft_sae.errors import ConfigError, DataError, MismatchError, SelectionError
+from peft_sae.jobs.selection import read_selection
+from peft_sae.jobs.selection_run import run_selection
 from peft_sae.statistics import collect
-from peft_sae.training.selection import read_selection
-from peft_sae.training.selection_run import run_selection
-from tests.tiny import ALIGNED, UNALIGNED, make_model, make_sae, make_tokenizer
+from tests.tiny import make_model, make_sae
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "selection").glob("*.yaml"))
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch):
-    make_model().save_pretrained(tmp_path / "base")
-    make_tokenizer().save_pretrained(tmp_path / "base")
-    for block in (0, 2):
-        hook = f"blocks.{block}.hook_resid_post"
-        make_sae(hook, seed=block).save_model(tmp_path / "saes" / hook)
-    preferences = [
-        {"prompt": one["prompt"], "chosen": one["completion"], "rejected": other["completion"]}
-        for one, other in zip(ALIGNED, UNALIGNED, strict=True)
-    ]
-    for name, records in (("aligned", ALIGNED), ("unaligned", UNALIGNED), ("preferences", preferences)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 PLACES = {"model": "base", "saes": "saes", "output": "subspace"}
@@ -149,7 +132,7 @@ def test_statistics_can_be_kept_for_every_selector(world):
 
 
 def test_names_are_checked_before_the_model_runs(world, monkeypatch):
-    monkeypatch.setattr("peft_sae.training.selection_run.collect_statistics", lambda *_, **__: pytest.fail("ran"))
+    monkeypatch.setattr("peft_sae.jobs.selection_run.collect_statistics", lambda *_, **__: pytest.fail("ran"))
     with pytest.raises(SelectionError, match="'0:99' names feature 99"):
         _run(**TEXTS, drop=["0:99"])
 

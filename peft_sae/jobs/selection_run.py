@@ -18,13 +18,15 @@ from ..statistics.collect import collect_statistics
 from ..statistics.gradient import log_likelihood
 from ..statistics.measures import Measures
 from ..statistics.model import check_same_model
-from ..statistics.records import Data, check_data
+from ..statistics.records import Data
+from ..statistics.share import Share
+from ..statistics.state import state_path
 from ..statistics.statistics import STATISTICS_FILES, FeatureStatistics
 from ..subspace.artifact import SUBSPACE_FILES, Subspace
 from ..subspace.build import subspace_from_selection
 from ..subspace.controls import control_subspace
 from ..subspace.protect import find_protected, protected_ids, select_contrast
-from .job import load_model
+from .models import load_model
 from .selection import MEASURES, SelectionJob
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ class SelectionResult:
         model: the base model.
         tokenizer: its tokenizer.
         saes: the SAEs.
+        data: the texts by class; none if the statistics were there already and no texts are given.
     """
 
     subspace: Subspace
@@ -50,6 +53,7 @@ class SelectionResult:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     saes: Sequence[SaeHandle]
+    data: dict[str, Data]
 
 
 def run_selection(job: SelectionJob, *, progress: bool = True) -> SelectionResult:
@@ -69,21 +73,17 @@ def run_selection(job: SelectionJob, *, progress: bool = True) -> SelectionResul
     if job.statistics is not None:
         check_target(job.statistics, owned=STATISTICS_FILES)
         check_writable(job.statistics)
-    files = dict(job.data)
-    if job.preferences is not None:
-        files |= {"preference": job.preferences}
-    for label, data in files.items():
-        check_data(data, label)
+    data = job.open_data()
     kept = None if job.from_statistics is None else FeatureStatistics.from_pretrained(job.from_statistics)
     device = "cpu" if job.device == "auto" else job.device
     handles = load_saes(job.saes, ids=job.ids or None, layers=job.layers or None, device=device)
     if kept is not None:
         _check_same_saes(kept, handles, job)
-        _check_same_settings(kept, job)
+        _check_same_settings(kept, job, has_data=bool(data))
     protected_ids(job.protect, handles)
     ids_by_hook([*job.drop, *job.keep, *job.features], _identities(handles))
     model, tokenizer = load_model(job.model, dtype=job.dtype, device=job.device)
-    collector = _Collector(job, model, tokenizer, handles, progress)
+    collector = _Collector(job, data, model, tokenizer, handles, progress)
     guarded = find_protected(tuple(job.protect_contrast) or list(job.protect), handles, collector.protected)
     if kept is not None:
         check_same_model(kept.settings["model"], model)
@@ -109,8 +109,9 @@ def run_selection(job: SelectionJob, *, progress: bool = True) -> SelectionResul
     )
     if job.control is not None:
         subspace = control_subspace(subspace, job.control, statistics=statistics, seed=job.seed)
-    subspace.save_pretrained(job.output)
-    return SelectionResult(subspace, selection, statistics, model, tokenizer, handles)
+    if Share.of_this_process(None).rank == 0:
+        subspace.save_pretrained(job.output)
+    return SelectionResult(subspace, selection, statistics, model, tokenizer, handles, data)
 
 
 def _check_same_saes(statistics: FeatureStatistics, handles: Sequence[SaeHandle], job: SelectionJob) -> None:
@@ -123,7 +124,7 @@ def _check_same_saes(statistics: FeatureStatistics, handles: Sequence[SaeHandle]
         )
 
 
-def _check_same_settings(statistics: FeatureStatistics, job: SelectionJob) -> None:
+def _check_same_settings(statistics: FeatureStatistics, job: SelectionJob, *, has_data: bool) -> None:
     """Refuse what would have no effect on statistics that are there already."""
     told = {"tokens": (job.tokens, "all"), "pooling": (job.pooling, "token"), "max_length": (job.max_length, None)}
     different = {
@@ -136,7 +137,7 @@ def _check_same_settings(statistics: FeatureStatistics, job: SelectionJob) -> No
             f"{different} (asked for, collected with) cannot be changed in the statistics in '{job.from_statistics}'. "
             "Collect them again, or leave these options out."
         )
-    if job.measures or (job.texts and not (job.data and statistics.has_texts)):
+    if job.measures or (job.texts and not (has_data and statistics.has_texts)):
         raise ConfigError(
             f"measures={list(job.measures)} and texts={job.texts} are about collecting, and the statistics in "
             f"'{job.from_statistics}' are collected{'' if statistics.has_texts else ', without texts'}. Leave them "
@@ -152,9 +153,15 @@ class _Collector:
     """Runs the model over the job's texts."""
 
     def __init__(
-        self, job: SelectionJob, model: Any, tokenizer: Any, handles: Sequence[SaeHandle], progress: bool
+        self,
+        job: SelectionJob,
+        data: dict[str, Data],
+        model: Any,
+        tokenizer: Any,
+        handles: Sequence[SaeHandle],
+        progress: bool,
     ) -> None:
-        self._job, self._model, self._tokenizer = job, model, tokenizer
+        self._job, self._data, self._model, self._tokenizer = job, data, model, tokenizer
         self._handles, self._progress = handles, progress
 
     def statistics(self, measures: Measures, attribution: bool) -> FeatureStatistics:
@@ -164,10 +171,12 @@ class _Collector:
         for name in job.measures:
             wanted |= MEASURES[name]
         state = None if job.statistics is None else Path(f"{job.statistics}.state")
-        found = self._collect(job.data, measures | wanted, attribution, state)
+        found = self._collect(self._data, measures | wanted, attribution, state)
         if job.statistics is not None and state is not None:
-            found.save_pretrained(job.statistics)
-            state.unlink(missing_ok=True)
+            share = Share.of_this_process(None)
+            if share.rank == 0:
+                found.save_pretrained(job.statistics)
+            state_path(state, share).unlink(missing_ok=True)
         return found
 
     def protected(self, first: Data, second: Data) -> Selection:

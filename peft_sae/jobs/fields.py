@@ -25,32 +25,70 @@ def read_fields(kind: type[Any], path: str | Path | None, overrides: Mapping[str
     Raises:
         ConfigError: the file cannot be read, a key is unknown or missing, or a value has the wrong type.
     """
+    data = read_values(path, overrides)
+    raise_all(field_problems(kind, data, path), path)
+    return data
+
+
+def read_values(path: str | Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a YAML file, in which others take the place of some, unchecked.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
     data = {} if path is None else _read_yaml(path)
     data.update({name: value for name, value in overrides.items() if value is not None and value != []})
+    return {key: _number(value) for key, value in data.items()}
+
+
+def field_problems(kind: type[Any], data: Mapping[Any, Any], path: str | Path | None, prefix: str = "") -> list[str]:
+    """Say of every wrong key and value what is wrong with it.
+
+    Args:
+        kind: the dataclass whose fields are wanted.
+        data: the values.
+        path: the file that they come from; None for the command line.
+        prefix: of their names in the file, for values of a section.
+    """
     place = "the command" if path is None else f"'{path}'"
     start = place[0].upper() + place[1:]
     known = {entry.name: entry for entry in fields(kind)}
+    problems = []
     for key in data:
         if key not in known:
             hint = suggest(str(key), known) or f" Known keys: {sorted(known)}."
-            raise ConfigError(f"{start} has the unknown key {key!r}, which would have no effect.{hint}")
+            shown = f"{prefix}{key}"
+            problems.append(f"{start} has the unknown key {shown!r}, which would have no effect.{hint}")
     missing = [
-        name
+        f"{prefix}{name}"
         for name, entry in known.items()
         if entry.default is MISSING and entry.default_factory is MISSING and data.get(name) is None
     ]
     if missing:
         remedy = "Give a file that has them with --config" if path is None else "Add them"
-        raise ConfigError(f"{start} lacks the keys {missing}. {remedy}, or give them on the command line.")
+        problems.append(f"{start} lacks the keys {missing}. {remedy}, or give them on the command line.")
     hints = typing.get_type_hints(kind)
-    data = {key: _number(value) for key, value in data.items()}
     for key, value in data.items():
-        if not _fits(value, hints[key]):
-            raise ConfigError(
-                f"Key {key!r} in {place} is {reprlib.repr(value)}, and {_wanted(hints[key])} is needed. See configs/ "
+        if key in known and not (value is None and f"{prefix}{key}" in missing) and not _fits(value, hints[key]):
+            shown = f"{prefix}{key}"
+            problems.append(
+                f"Key {shown!r} in {place} is {reprlib.repr(value)}, and {_wanted(hints[key])} is needed. See configs/ "
                 "for an example."
             )
-    return data
+    return problems
+
+
+def raise_all(problems: Sequence[str], path: str | Path | None) -> None:
+    """Raise one error that says everything that is wrong, if anything is.
+
+    Raises:
+        ConfigError: there is a problem.
+    """
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        place = "The command" if path is None else f"'{path}'"
+        raise ConfigError("\n- ".join([f"{place} has {len(problems)} mistakes:", *problems]))
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:

@@ -1,0 +1,174 @@
+"""Whole jobs on a tiny model: from the selection to the merged checkpoint, also when they are stopped midway."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from peft_sae import FeatureStatistics, Subspace
+from peft_sae.errors import ArtifactError, ConfigError, DataError
+from peft_sae.jobs import TrainingJob, run_job, training_run
+from tests.jobs.conftest import SELECT
+from tests.tiny import make_model, make_subspace
+
+IDS = torch.randint(4, 16, (2, 9), generator=torch.Generator().manual_seed(0))
+TRAINING = {"max_steps": 4, "learning_rate": 0.05, "per_device_train_batch_size": 2, "gradient_checkpointing": False}
+ADAPTER = {"r": 4, "target_modules": ["q_proj", "o_proj"]}
+
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing[a-z_]*` is deprecated:FutureWarning")
+
+
+def job(**changes):
+    fields = {"adapter": ADAPTER, "training": TRAINING, "select": SELECT, **changes}
+    return TrainingJob("base", fields.pop("data", "aligned.jsonl"), "adapter", **fields)
+
+
+def run(**changes):
+    return run_job(job(**changes), progress=False)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def test_everything_that_is_asked_for_is_written(world):
+    result = run(report="report.html", merged="merged", lora="lora")
+
+    adapted = PeftModel.from_pretrained(make_model(), result.adapter)
+    wanted = logits(adapted)
+    assert not torch.allclose(wanted, logits(make_model()), atol=1e-3)
+    merged = AutoModelForCausalLM.from_pretrained("merged")
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(make_model(), "lora")), wanted, rtol=1e-5, atol=1e-5)
+    assert "<html" in (world / "report.html").read_text()[:300]
+    assert Subspace.from_pretrained("adapter-subspace").digest == Subspace.from_pretrained("adapter/subspace").digest
+    assert not any(path.suffix in (".bin", ".pt", ".pth") for path in (world / "adapter").rglob("*"))
+    left = {"adapter", "adapter-subspace", "merged", "lora", "report.html"}
+    assert {path.name for path in world.iterdir()} == left | {
+        *("base", "saes", "aligned.jsonl", "unaligned.jsonl", "preferences.jsonl")
+    }
+
+
+@pytest.mark.parametrize(("data", "method"), [("preferences.jsonl", "dpo"), ("preferences.jsonl", "sft")])
+def test_preferences_are_compared_or_the_chosen_ones_learned(world, data, method):
+    run(data=data, method=method)
+    by_preferences = load_file("adapter/adapter_model.safetensors")
+    assert all(weight.abs().sum() > 0 for weight in by_preferences.values())
+    if method == "sft":  # the chosen answers are those of aligned.jsonl
+        (world / "adapter").rename(world / "first")
+        (world / "adapter-subspace").rename(world / "second")
+        run()
+        again = load_file("adapter/adapter_model.safetensors")
+        assert all(torch.equal(again[name], weight) for name, weight in by_preferences.items())
+
+
+class Stopped(Exception):
+    """Stands for a kill."""
+
+
+def stop_in(monkeypatch, name):
+    def stop(*_, **__):
+        raise Stopped
+
+    monkeypatch.setattr(training_run, name, stop)
+
+
+def test_a_job_goes_on_where_it_was_stopped(world, monkeypatch):
+    run(report="report.html", merged="merged")
+    wanted = load_file("merged/model.safetensors")
+    for name in ("adapter", "adapter-subspace", "merged"):
+        (world / name).rename(world / f"{name}-before")
+    (world / "report.html").unlink()
+
+    for place in ("run_selection", "train_adapter", "inspect_adapter", "merge_checkpoint"):
+        with monkeypatch.context() as patch:
+            stop_in(patch, place)
+            with pytest.raises(Stopped):
+                run(report="report.html", merged="merged")
+    # What was done before each stop is not done again.
+    for place in ("run_selection", "train_adapter"):
+        stop_in(monkeypatch, place)
+    run(report="report.html", merged="merged")
+
+    found = load_file("merged/model.safetensors")
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+    assert not (world / "adapter.checkpoints").exists()
+
+
+def test_a_training_goes_on_from_its_last_complete_checkpoint(world):
+    training = {**TRAINING, "max_steps": 6, "save_steps": 2, "seed": 3}
+    run(training=training)
+    wanted = load_file("adapter/adapter_model.safetensors")
+    (world / "adapter").rename(world / "whole")
+    checkpoints = world / "adapter.checkpoints"
+    # As a kill leaves it: the last checkpoint is torn, and nothing was written after.
+    (checkpoints / "checkpoint-6" / "trainer_state.json").write_text('{"log_hist')
+    before = (checkpoints / "checkpoint-4" / "trainer_state.json").stat().st_mtime_ns
+    (world / "adapter-subspace").rename(world / "subspace")
+
+    run(training=training, select=None, subspace="subspace")
+
+    found = load_file("adapter/adapter_model.safetensors")
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+    assert (checkpoints / "checkpoint-4" / "trainer_state.json").stat().st_mtime_ns == before
+    state = json.loads((checkpoints / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["global_step"] == 6
+
+
+@pytest.mark.parametrize(
+    "change", [{"training": {"learning_rate": 0.01}}, {"data": "unaligned.jsonl"}, {"adapter": {"lora_alpha": 99}}]
+)
+def test_checkpoints_of_another_job_are_refused(world, change):
+    make_subspace(make_model()).save_pretrained("subspace")
+    settings = {"select": None, "subspace": "subspace", "training": {**TRAINING, "save_steps": 2}}
+    run(**settings)
+    (world / "adapter").rename(world / "first")
+    if "training" in change:
+        change = {"training": {**settings["training"], **change["training"]}}
+    if "adapter" in change:
+        change = {"adapter": {**ADAPTER, **change["adapter"]}}
+
+    with pytest.raises(ConfigError, match=r"checkpoints in .* are of a job with .*remove the folder to begin anew"):
+        run(**{**settings, **change})
+
+    assert not (world / "adapter").exists()
+    run(**{**settings, "training": {**settings["training"], "logging_steps": 1}})  # changes nothing of the result
+
+
+def test_what_is_there_is_never_replaced(world):
+    run()
+    with pytest.raises(ArtifactError, match="writing there would destroy it"):
+        run()
+    (world / "adapter").rename(world / "first")
+    with pytest.raises(ConfigError, match=r"'adapter-subspace' is there already, and not from this job.*'select'"):
+        run()
+    run(select=None, subspace="adapter-subspace")
+    assert (world / "adapter").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"data": "nowhere.jsonl"}, DataError, "cannot be opened"),
+        ({"data": "no-such/set"}, DataError, "no file here, and cannot be loaded as a data set"),
+        ({"data": "preferences.jsonl", "method": "dpo", "learn": "all"}, ConfigError, "about method: sft"),
+        ({"method": "dpo"}, DataError, "DPO needs 'chosen' and 'rejected'"),
+        ({"architecture": {"model_type": "llama", "hidden_size": 7}}, ConfigError, "hidden_size=7, and 'base' has 32"),
+        ({"adapter": {"r": 4, "target_modules": ["lm_head"]}}, ConfigError, "SFTTrainer refuses the job"),
+        ({"select": None, "subspace": "nowhere/else/sub"}, ArtifactError, "nowhere"),
+        ({"training": {"max_steps": "many"}}, ConfigError, "refuses"),
+    ],
+)
+def test_what_cannot_be_done_is_told_and_leaves_no_adapter(world, changes, error, message):
+    with pytest.raises(error, match=message):
+        run(**changes)
+    assert not (world / "adapter").exists()
+
+
+def test_statistics_that_are_asked_for_stay(world):
+    run(select={**SELECT, "statistics": "kept"})
+    assert FeatureStatistics.from_pretrained("kept").saes
