@@ -113,6 +113,9 @@ app.command()(merge)
 def export_lora_command(
     adapter: Annotated[Path, typer.Argument(help="Folder of the adapter.")],
     output: Annotated[Path, typer.Argument(help="Folder for the plain LoRA adapter.")],
+    uniform: Annotated[
+        bool, typer.Option("--uniform", help="One rank and no scaling for all modules, as some servers need.")
+    ] = False,
 ) -> None:
     """Write an adapter as plain LoRA, which PEFT loads without this package.
 
@@ -120,4 +123,4 @@ def export_lora_command(
     """
     from ..export import export_lora
 
-    Console().print(f"LoRA adapter written to {export_lora(adapter, output)}", markup=False)
+    Console().print(f"LoRA adapter written to {export_lora(adapter, output, uniform=uniform)}", markup=False)

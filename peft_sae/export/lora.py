@@ -11,27 +11,30 @@ from ..adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, read_adapt
 from ..artifact import replace_folder, write_json
 from ..errors import ConfigError
 from ..tuner import SaeSubspaceConfig
+from .uniform import with_one_rank
 
 PROVENANCE_FILE = "sae_subspace.json"
 
 
-def export_lora(adapter: str | Path, output: str | Path) -> Path:
+def export_lora(adapter: str | Path, output: str | Path, *, uniform: bool = False) -> Path:
     """Write a trained adapter as a plain LoRA adapter with the same factors.
 
     The weights are the same tensors, so logits are identical. What only this package knows (digest of the Subspace,
-    sides,
-    hook points) goes into `sae_subspace.json`, which PEFT ignores.
+    sides, hook points) goes into `sae_subspace.json`, which PEFT ignores.
 
     Args:
         adapter: folder of an adapter.
         output: folder to write; missing or empty. What exists is never overwritten.
+        uniform: give all modules one rank (filled up with zeros) and the scaling 1, for servers that read neither
+            `rank_pattern`, nor `alpha_pattern`, nor `use_rslora`; see docs/serving.md. The updates are the same, up to
+            one rounding of the factors.
 
     Returns:
         The output folder.
 
     Raises:
         ArtifactError: the adapter is incomplete, damaged or of another type, or the output cannot be written.
-        ConfigError: the adapter is a plain LoRA already.
+        ConfigError: the adapter is a plain LoRA already, or `uniform` cannot say the same as its variant (DoRA).
     """
     config = read_adapter_config(adapter)
     if config["peft_type"] == "LORA":
@@ -40,6 +43,8 @@ def export_lora(adapter: str | Path, output: str | Path) -> Path:
     lora_fields = {field.name for field in fields(LoraConfig)}
     own_fields = {field.name for field in fields(SaeSubspaceConfig)} - lora_fields
     plain = {name: value for name, value in config.items() if name not in own_fields}
+    if uniform:
+        tensors, plain = with_one_rank(tensors, plain)
     edits = read_edits(adapter)
     provenance = {name: config.get(name) for name in sorted(own_fields)}
     with replace_folder(output) as folder:

@@ -262,3 +262,39 @@ def test_a_loaded_export_is_lora(trained, tmp_path):
 
     assert loaded.peft_config["default"].peft_type == "LORA"
     assert torch.equal(logits(loaded), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed")
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"r": "auto", "lora_alpha": 24},
+        {"r": 6, "use_rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"v_proj": 5, "o_proj": 40}},
+        {"r": 4, "lora_bias": True, "modules_to_save": ["lm_head"]},
+    ],
+)
+def test_one_rank_without_scaling_says_the_same(trained, tmp_path, fields):
+    base, adapter, expected = trained(**fields)
+
+    export_lora(adapter, tmp_path / "lora", uniform=True)
+
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    assert config["lora_alpha"] == config["r"]
+    assert not config["rank_pattern"]
+    assert not config["alpha_pattern"]
+    assert not config["use_rslora"]
+    factors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in factors.items() if "lora_A" in name} == {config["r"]}
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "lora")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@pytest.mark.parametrize("fields", [{"use_dora": True}, {"target_modules": ["embed_tokens", "q_proj"], "r": 4}])
+def test_one_rank_is_refused_where_it_would_say_something_else(trained, tmp_path, fields):
+    _, adapter, _ = trained(**fields)
+
+    with pytest.raises(ConfigError, match=r"is no pair of matrices.*Merge the adapter instead"):
+        export_lora(adapter, tmp_path / "lora", uniform=True)
+
+    assert not (tmp_path / "lora").exists()
