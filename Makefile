@@ -21,7 +21,7 @@ parity: install $(QUANTISED)
 test-lowest:
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints-lowest.txt)
-	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e . pytest
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e . pytest hypothesis
 	HF_HUB_OFFLINE=1 $(VENV)-lowest/bin/python -m pytest -m 'not demo'
 
 lint: install

@@ -10,6 +10,7 @@ import torch
 
 from .artifact import read_json
 from .errors import ArtifactError
+from .reading import check_inside
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -37,6 +38,7 @@ def read_adapter_config(adapter: str | Path) -> dict[str, Any]:
             f"'{folder}' has no {CONFIG_FILE}, so it is no adapter.{whole if merged else ''} Give the folder that an "
             "adapter's `save_pretrained` wrote."
         )
+    check_inside(path, folder)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -58,12 +60,13 @@ def read_adapter_weights(adapter: str | Path) -> dict[str, torch.Tensor]:
     """Return the tensors of an adapter.
 
     Raises:
-        ArtifactError: the file is damaged, or a tensor holds NaN or infinity.
+        ArtifactError: the file is damaged, or a link out of its folder, or a tensor holds NaN or infinity.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = Path(adapter) / WEIGHTS_FILE
+    check_inside(path, Path(adapter))
     try:
         tensors: dict[str, torch.Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from .errors import ArtifactError, ConfigError, suggest
-from .reading import LARGEST_JSON, check_regular, parse_json, read_text
+from .reading import LARGEST_JSON, check_inside, check_regular, parse_json, read_text
 from .scratch import held, scratch_file, scratch_folder, swap_in
 
 _VERSIONED_PACKAGES = ("peft_sae", "peft", "torch", "transformers", "sae_lens", "transformer_lens")
@@ -237,8 +237,10 @@ def read_json(path: Path, *, schema: str, newest: int, largest: int = LARGEST_JS
         largest: bytes that it may have.
 
     Raises:
-        ArtifactError: the file is missing, not JSON, too large, of another kind, or of a newer schema.
+        ArtifactError: the file is missing, not JSON, too large, a link out of its folder, of another kind, or of a
+            newer schema.
     """
+    check_inside(path, path.parent)
     try:
         data = parse_json(read_text(path, largest=largest))
     except FileNotFoundError as error:
@@ -283,11 +285,12 @@ def read_tensors(path: Path, expected: Mapping[str, tuple[Sequence[int], torch.d
         expected: name to shape and dtype. Every name must be there, and no other.
 
     Raises:
-        ArtifactError: the file is missing or truncated, or a tensor is missing, unexpected, of
-            another shape or dtype, or not finite.
+        ArtifactError: the file is missing, truncated, or a link out of its folder, or a tensor is missing, unexpected,
+            of another shape or dtype, or not finite.
     """
     from safetensors import safe_open
 
+    check_inside(path, path.parent)
     try:
         check_regular(path)
         with safe_open(path, framework="pt", device="cpu") as file:

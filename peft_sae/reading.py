@@ -73,7 +73,10 @@ def stays_inside(path: Path, root: Path) -> bool:
 
     The Hub's cache keeps the files of a snapshot beside all snapshots of the repository, or beside all repositories.
     """
-    place, root = path.resolve(), root.resolve()
+    try:
+        place, root = path.resolve(), root.resolve()
+    except (OSError, RuntimeError):  # links in a circle
+        return False
     repositories = [folder.parent.parent for folder in (root, *root.parents) if folder.parent.name == "snapshots"]
     stores = [home / "blobs" for repository in repositories for home in (repository, repository.parent)]
     return place.is_relative_to(root) or any(place.is_relative_to(store) for store in stores)

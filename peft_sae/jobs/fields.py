@@ -13,6 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from ..errors import ConfigError, suggest
 
+_DEEPEST = 100  # brackets
+
 
 def read_fields(kind: type[Any], path: str | Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values of a dataclass' fields from a YAML file, in which other values take the place of some.
@@ -95,7 +97,10 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     import yaml
 
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text(encoding="utf-8")
+        if _depth(text) > _DEEPEST:  # which the parser would walk through again and again
+            raise ValueError(f"it is nested more than {_DEEPEST} deep")
+        data = yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"'{path}' cannot be opened ({error.strerror}). Give the path of a job file.") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -103,6 +108,14 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ConfigError(f"'{path}' holds a {type(data).__name__}, and a mapping of keys is needed. See configs/.")
     return data
+
+
+def _depth(text: str) -> int:
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "[{") - (character in "]}")
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _wanted(hint: Any) -> str:

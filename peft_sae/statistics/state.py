@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from ..artifact import digest, replace_file
 from ..errors import ArtifactError, ConfigError
+from ..reading import check_regular
 from .share import Share
 from .statistics import FeatureStatistics
 
@@ -65,9 +66,12 @@ class StateFile:
         if self._path is None or not self._path.exists():
             return None
         try:
+            check_regular(self._path)
             with safe_open(self._path, framework="pt") as file:
                 description = json.loads((file.metadata() or {})[_ENTRY])
             run, batches = description.pop("run"), description.pop("batches")
+            if not isinstance(run, dict):
+                raise ValueError(f"no description of a run: {run!r}")
             if set(batches) != set(description["labels"]) or any(type(n) is not int or n < 1 for n in batches.values()):
                 raise ValueError(f"impossible batches {batches}")
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

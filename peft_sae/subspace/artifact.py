@@ -299,6 +299,9 @@ def _check_sense(subspace: Subspace) -> None:
         overlap = base.basis.double() @ base.basis.double().T
         if float((overlap - torch.eye(base.rank)).abs().max()) > _TOLERANCE:
             problems.append(f"the basis at {base.sae.hook_name} is not orthonormal")
+        shares = torch.stack([base.q_values, base.aligned_rates, base.unaligned_rates])
+        if bool(((shares < 0) | (shares > 1)).any()):
+            problems.append(f"the q-values or rates at {base.sae.hook_name} are no shares")
         if float((base.coefficients @ base.directions - base.basis).abs().max()) > _TOLERANCE:
             problems.append(f"the basis at {base.sae.hook_name} does not consist of its features")
     if problems:

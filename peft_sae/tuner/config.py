@@ -14,13 +14,16 @@ import peft
 from packaging.version import InvalidVersion, Version
 from peft import LoraConfig, PeftType
 
-from ..errors import ArtifactError, ConfigError, suggest
+from ..errors import ArtifactError, ConfigError, PeftSaeError, suggest
+from ..reading import check_inside
 from ..subspace import Subspace
 from .card import add_hint
 from .card_section import put_section, subspace_section
+from .field_types import check_lora_types
 
 logger = logging.getLogger(__name__)
 
+CONFIG_FILE = "adapter_config.json"
 SUBSPACE_FOLDER = "subspace"
 # What stands in a saved configuration for the folder beside it. The Hub has no such name.
 BESIDE = "./subspace"
@@ -121,8 +124,14 @@ class SaeSubspaceConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (TypeError, AttributeError, KeyError) as error:
+            raise ConfigError(
+                f"A field has a value of a wrong type ({error}). See LoraConfig for the types."
+            ) from error
         self.peft_type = PeftType.SAE_SUBSPACE
+        check_lora_types(self)
         if isinstance(self.subspace, Path):
             self.subspace = str(self.subspace)
         if self.subspace is not None and not isinstance(self.subspace, (str, Subspace)):
@@ -134,9 +143,6 @@ class SaeSubspaceConfig(LoraConfig):
             raise ConfigError(f"r={self.r!r} is no rank. Give a positive integer or 'auto'.")
         _check_choice("layer_map", self.layer_map, _LAYER_MAPS)
         _check_choice("fill", self.fill, _FILLS)
-        for name in ("freeze_basis", "norm_gain"):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is neither true nor false.")
         if not isinstance(self.sides, (dict, type(None))):
             raise ConfigError(f"sides={self.sides!r} is no mapping. Give module names with 'read', 'write' or 'none'.")
         patterns = self.rank_pattern if isinstance(self.rank_pattern, dict) else None
@@ -151,6 +157,31 @@ class SaeSubspaceConfig(LoraConfig):
             )
         _check_record(self.basis_record)
         self._check_combinations()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read the configuration of an adapter as PEFT does.
+
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            subfolder: see `PeftConfig.from_pretrained`.
+            **kwargs: see there.
+
+        Raises:
+            ArtifactError: the file is missing or damaged.
+            ConfigError: it holds impossible values.
+        """
+        folder = Path(pretrained_model_name_or_path) / (subfolder or "")
+        check_inside(folder / CONFIG_FILE, folder)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except PeftSaeError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise ArtifactError(
+                f"The configuration of '{pretrained_model_name_or_path}' cannot be read ({type(error).__name__}: "
+                f"{str(error)[:200]}); it is missing or damaged. Check the path, or save it again."
+            ) from error
 
     def _check_combinations(self) -> None:
         if self.subspace is None and self.basis_record is None:
