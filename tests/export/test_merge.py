@@ -1,7 +1,9 @@
 """Merging piece by piece equals PEFT's merging of the whole model and transformers' saving of it, bit for bit."""
 
+import errno
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -473,6 +475,47 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
         merge_checkpoint(base, adapter, tmp_path / "merged")
 
     assert not (tmp_path / "merged").exists()
+
+
+def test_a_disk_that_fills_up_in_the_midst_of_it_leaves_nothing(tmp_path, monkeypatch):
+    from peft_sae.export.tensor_file import TensorWriter
+
+    model = make_model()
+    base = save_base(model, tmp_path / "base")
+    adapter = lora(model, tmp_path / "adapter")
+    written, original = [], TensorWriter.copy
+
+    def copy(self, name, stored, reader):
+        written.append(name)
+        if len(written) > 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, name, stored, reader)
+
+    monkeypatch.setattr(TensorWriter, "copy", copy)
+
+    with pytest.raises(ArtifactError, match=r"No space left on device.*nothing is left of it.*Make room there"):
+        merge_checkpoint(base, adapter, tmp_path / "merged")
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_an_output_that_cannot_be_written_is_told(number, tmp_path, monkeypatch):
+    """As root every folder can be written, so the system's answer is put in its place."""
+    from peft_sae import artifact
+
+    def refuse(target):
+        raise OSError(number, os.strerror(number), str(target))
+
+    model = make_model()
+    base = save_base(model, tmp_path / "base")
+    adapter = lora(model, tmp_path / "adapter")
+    monkeypatch.setattr(artifact, "scratch_folder", refuse)
+
+    with pytest.raises(ArtifactError, match=rf"Cannot write beside .*{os.strerror(number)}.*Give a writable folder"):
+        merge_checkpoint(base, adapter, tmp_path / "merged")
+
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 
 
 def test_only_one_module_is_in_memory(tmp_path, monkeypatch):
