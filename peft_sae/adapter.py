@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from .artifact import read_json
 from .errors import ArtifactError
-from .reading import check_inside
+from .reading import MEGATRON, check_inside, check_regular, parse_json, read_text
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -26,8 +26,8 @@ def read_adapter_config(adapter: str | Path) -> dict[str, Any]:
     """Return the configuration of an adapter that this package can export.
 
     Raises:
-        ArtifactError: the folder is no adapter, its weights are missing or not safetensors, or it is of a type that
-            is neither ours nor LoRA.
+        ArtifactError: the folder is no adapter, its weights are missing or not safetensors, it is of a type that is
+            neither ours nor LoRA, or it names code to import.
     """
     folder = Path(adapter)
     path = folder / CONFIG_FILE
@@ -40,14 +40,15 @@ def read_adapter_config(adapter: str | Path) -> dict[str, Any]:
         )
     check_inside(path, folder)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = parse_json(read_text(path))
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"'{path}' cannot be read as JSON ({error}). Save the adapter again.") from error
     found = config.get("peft_type") if isinstance(config, dict) else None
     if found not in MERGEABLE_TYPES:
         raise ArtifactError(
             f"'{folder}' is an adapter of type {found!r}, and only {', '.join(MERGEABLE_TYPES)} can be handled here."
         )
+    check_no_code(config)
     if not (folder / WEIGHTS_FILE).is_file():
         raise ArtifactError(
             f"'{folder}' has no {WEIGHTS_FILE}. Pickled weights (adapter_model.bin) are never read: save the adapter "
@@ -56,11 +57,25 @@ def read_adapter_config(adapter: str | Path) -> dict[str, Any]:
     return dict(config)
 
 
+def check_no_code(config: Mapping[str, Any]) -> None:
+    """Refuse a configuration in which PEFT would find the name of a module to import.
+
+    Raises:
+        ArtifactError: it names one.
+    """
+    named = config.get("megatron_core")
+    if named not in (None, MEGATRON):
+        raise ArtifactError(
+            f"megatron_core={str(named)[:80]!r} names a module to import, and no code is run for a file's sake. Set it "
+            f"to {MEGATRON!r}."
+        )
+
+
 def read_adapter_weights(adapter: str | Path) -> dict[str, torch.Tensor]:
     """Return the tensors of an adapter.
 
     Raises:
-        ArtifactError: the file is damaged, or a link out of its folder, or a tensor holds NaN or infinity.
+        ArtifactError: the file is damaged, or a tensor holds NaN or infinity.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -68,6 +83,7 @@ def read_adapter_weights(adapter: str | Path) -> dict[str, torch.Tensor]:
     path = Path(adapter) / WEIGHTS_FILE
     check_inside(path, Path(adapter))
     try:
+        check_regular(path)
         tensors: dict[str, torch.Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"'{path}' cannot be read ({error}); it is damaged or truncated. Save it again.") from error

@@ -9,6 +9,7 @@ from typing import Any
 from .errors import ArtifactError
 
 LARGEST_JSON = 2**28  # bytes; the largest that is written has some millions
+MEGATRON = "megatron.core"  # what PEFT imports for LoRA's `megatron_core`, which may be any module's name
 _DEEPEST = 64  # levels of nesting; what is written has fewer than ten
 
 

@@ -11,6 +11,7 @@ from ..adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, read_adapt
 from ..artifact import replace_folder, write_json
 from ..errors import ConfigError
 from ..tuner import SaeSubspaceConfig
+from .companions import copy_tokenizer
 from .uniform import with_one_rank
 
 PROVENANCE_FILE = "sae_subspace.json"
@@ -20,7 +21,8 @@ def export_lora(adapter: str | Path, output: str | Path, *, uniform: bool = Fals
     """Write a trained adapter as a plain LoRA adapter with the same factors.
 
     The weights are the same tensors, so logits are identical. What only this package knows (digest of the Subspace,
-    sides, hook points) goes into `sae_subspace.json`, which PEFT ignores.
+    sides, hook points) goes into `sae_subspace.json`, which PEFT ignores. A tokenizer that was saved with the adapter
+    goes along.
 
     Args:
         adapter: folder of an adapter.
@@ -53,4 +55,5 @@ def export_lora(adapter: str | Path, output: str | Path, *, uniform: bool = Fals
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(folder / CONFIG_FILE, {**plain, "peft_type": "LORA"})
         write_json(folder / PROVENANCE_FILE, {**provenance, "edits": edits})
+        copy_tokenizer(Path(adapter), folder)
     return Path(output)

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _SCHEMA, _SCHEMA_VERSION = "peft_sae.job", 1
 _FILE = "request.json"
 _STATISTICS = "statistics"
+_AFTERWARDS = ("report", "merged", "lora", "architecture", "watch")  # what a trained adapter does not depend on
 _SELECTING = ("model", "dtype", "select", "subspace")  # what the Subspace depends on
 
 
@@ -150,10 +151,15 @@ def _train(job: TrainingJob, data: Any, held_out: Any, progress: bool) -> None:
 def _write_rest(job: TrainingJob, progress: bool) -> None:
     if job.report is not None:
         inspect_adapter(job.output, job.model).save(job.report)
-    if job.lora is not None and not Path(job.lora).exists():
+    if job.lora is not None and not _holds_something(job.lora):
         export_lora(job.output, job.lora)
-    if job.merged is not None and not Path(job.merged).exists():
+    if job.merged is not None and not _holds_something(job.merged):
         merge_checkpoint(job.model, job.output, job.merged, progress=progress)
+
+
+def _holds_something(place: str) -> bool:
+    folder = Path(place)
+    return folder.is_dir() and any(folder.iterdir())
 
 
 class _Request:
@@ -187,10 +193,10 @@ class _Request:
         Raises:
             ArtifactError, ConfigError: something is in the way.
         """
-        job, again = self._job, self._agrees()
+        job, again = self._job, self._agrees(key for key in self._data if key not in _AFTERWARDS)
         trained = again and (Path(job.output) / CONFIG_FILE).is_file()
         for place in (job.output, job.merged, job.lora):
-            if place is not None and not (again and Path(place).exists()):
+            if place is not None and not (again and _holds_something(place)):
                 check_target(place)
                 check_writable(place)
         if job.report is not None:

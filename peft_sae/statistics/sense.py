@@ -22,8 +22,13 @@ _KNOWN: dict[str, tuple[str, ...]] = {
 _NUMBERS = ("hidden_size", "num_hidden_layers")
 
 
-def problems_of(statistics: FeatureStatistics) -> list[str]:
-    """Return what contradicts itself in statistics, in words; nothing if they can be true."""
+def problems_of(statistics: FeatureStatistics, *, complete: bool) -> list[str]:
+    """Return what contradicts itself in statistics, in words; nothing if they can be true.
+
+    Args:
+        statistics: the statistics.
+        complete: they are of all the data, so they tell how many texts there are.
+    """
     found = _settings(statistics.settings, list(statistics.moments))
     activations = statistics.settings.get("quantity", "activation") == "activation"
     if found:
@@ -32,7 +37,7 @@ def problems_of(statistics: FeatureStatistics) -> list[str]:
         examples = statistics.settings.get("examples", {}).get(label)
         for sae, one in zip(statistics.saes, moments, strict=True):
             wrong = [*_moments(one), *_parts(one, activations)]
-            wrong += [] if examples is None else _places(one, examples)
+            wrong += [] if examples is None or not complete else _places(one, examples)
             found += [f"{label} at {sae.hook_name}: {', '.join(wrong)}"] if wrong else []
     return found
 

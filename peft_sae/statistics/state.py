@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from safetensors import SafetensorError
 
 from ..artifact import digest, replace_file
 from ..errors import ArtifactError, ConfigError
-from ..reading import check_regular
+from ..reading import check_regular, parse_json
 from .share import Share
 from .statistics import FeatureStatistics
 
@@ -63,18 +64,18 @@ class StateFile:
         """
         from safetensors import safe_open
 
-        if self._path is None or not self._path.exists():
+        if self._path is None or not os.path.lexists(self._path):
             return None
         try:
             check_regular(self._path)
             with safe_open(self._path, framework="pt") as file:
-                description = json.loads((file.metadata() or {})[_ENTRY])
+                description = parse_json((file.metadata() or {})[_ENTRY])
             run, batches = description.pop("run"), description.pop("batches")
             if not isinstance(run, dict):
                 raise ValueError(f"no description of a run: {run!r}")
             if set(batches) != set(description["labels"]) or any(type(n) is not int or n < 1 for n in batches.values()):
                 raise ValueError(f"impossible batches {batches}")
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(
                 f"'{self._path}' is no state of a collection ({error!r}). Remove it to begin anew, or name another "
                 "file."
@@ -85,7 +86,8 @@ class StateFile:
                 f"'{self._path}' is the state of another run, which differs in {different}, so this one cannot go on "
                 "from it. Name another file, or remove this one to begin anew."
             )
-        return Progress(FeatureStatistics.from_description(description, self._path, self._path), batches)
+        statistics = FeatureStatistics.from_description(description, self._path, self._path, complete=False)
+        return Progress(statistics, batches)
 
     @property
     def due(self) -> bool:

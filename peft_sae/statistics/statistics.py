@@ -101,7 +101,7 @@ class FeatureStatistics:
         """
         folder = Path(directory)
         description = read_json(folder / _JSON_FILE, schema=SCHEMA, newest=SCHEMA_VERSION)
-        return cls.from_description(description, folder / _TENSOR_FILE, folder / _JSON_FILE)
+        return cls.from_description(description, folder / _TENSOR_FILE, folder / _JSON_FILE, complete=True)
 
     def to_tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Return everything as named tensors and JSON-serialisable data."""
@@ -123,13 +123,16 @@ class FeatureStatistics:
         return tensors, description
 
     @classmethod
-    def from_description(cls, description: Mapping[str, Any], tensor_file: Path, source: Path) -> FeatureStatistics:
+    def from_description(
+        cls, description: Mapping[str, Any], tensor_file: Path, source: Path, *, complete: bool
+    ) -> FeatureStatistics:
         """Read the tensors that a description tells of, and check that both belong together.
 
         Args:
             description: as from `to_tensors`, with the `digest` of both.
             tensor_file: the safetensors file.
             source: the file that the description is from, for messages.
+            complete: they are of all the data, not of a part so far.
 
         Raises:
             ArtifactError: either is damaged, or they are not of one piece.
@@ -151,7 +154,7 @@ class FeatureStatistics:
             if isinstance(error, ArtifactError):
                 raise
             raise ArtifactError(f"'{source}' is malformed ({error!r}). Collect the statistics again.") from error
-        problems = problems_of(statistics)
+        problems = problems_of(statistics, complete=complete)
         if problems:
             raise ArtifactError(f"'{source}' makes no sense: {'; '.join(problems)}. Collect the statistics again.")
         if digest(*statistics.to_tensors()) != description.get("digest"):

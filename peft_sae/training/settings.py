@@ -18,6 +18,7 @@ _ELSEWHERE = {
     "resume_from_checkpoint": "A job that was stopped goes on by itself when it is started again.",
     "max_length": "Give max_length beside `data`: the data are cut there as they are read.",
     "model_init_kwargs": "The model is loaded before: see dtype, attn_implementation, load_in_4bit and load_in_8bit.",
+    "save_only_model": "A checkpoint without the optimiser's state is none that a training could go on from.",
     "push_to_hub": "Push the finished folder: a checkpoint in the midst of training has no Subspace beside it.",
 }
 _OF_READING = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Collection, Iterator, Sequence
@@ -82,7 +83,7 @@ def train_adapter(
     settings = training_arguments(method, arguments, work, max_length=length, progress=progress)
     dataset = to_dataset(method, tokenizer, data, length, learn)
     held_out = None if eval_data is None else to_dataset(method, tokenizer, eval_data, length, learn)
-    job = _describe(method, arguments, config, model, dataset)
+    job = _describe(method, arguments, config, model, dataset, length)
     checkpoint = last_checkpoint(work)
     if checkpoint is not None:
         check_same_job(work, job)
@@ -169,7 +170,9 @@ def _stop_checkpointing(adapted: Any) -> None:
     base.disable_input_require_grads()
 
 
-def _describe(method: Method, arguments: Any, config: PeftConfig, model: Any, dataset: Any) -> dict[str, Any]:
+def _describe(
+    method: Method, arguments: Any, config: PeftConfig, model: Any, dataset: Any, max_length: int
+) -> dict[str, Any]:
     """What must agree between a training and its continuation, as JSON."""
     settings = {key: value for key, value in config.to_dict().items() if key != "subspace"}
     subspace = getattr(config, "subspace", None)
@@ -183,6 +186,8 @@ def _describe(method: Method, arguments: Any, config: PeftConfig, model: Any, da
         "adapter": settings,
         "subspace": digest,
         "data": content.hexdigest(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "max_length": max_length,
         "model": model.config.to_dict(),
     }
     return dict(json.loads(json.dumps(described, default=_plain, sort_keys=True)))

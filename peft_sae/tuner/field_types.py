@@ -7,8 +7,8 @@ from dataclasses import fields
 from typing import Any
 
 from ..errors import ConfigError
+from ..reading import MEGATRON
 
-_MEGATRON = "megatron.core"
 _NAMES = ("target_modules", "exclude_modules")
 
 
@@ -36,10 +36,10 @@ def check_lora_types(config: Any) -> None:
         if not _is_number(alpha):
             what = f"alpha_pattern[{module!r}]" if module else "lora_alpha"
             raise ConfigError(f"{what}={alpha!r} is no finite number, so no update could be scaled by it.")
-    if config.megatron_core not in (None, _MEGATRON):  # PEFT imports whatever module is named there
+    if config.megatron_core not in (None, MEGATRON):  # PEFT imports whatever module is named there
         raise ConfigError(
             f"megatron_core={config.megatron_core!r} names a module to import, and no code is run for a file's sake. "
-            f"Use {_MEGATRON!r}, or None."
+            f"Use {MEGATRON!r}, or None."
         )
     if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout <= 1:
         raise ConfigError(f"lora_dropout={config.lora_dropout!r} is no probability. Use a number from 0 to 1.")

@@ -102,6 +102,18 @@ def test_exported_config_has_none_of_our_fields(trained, tmp_path):
     assert not {"subspace", "freeze_basis", "norm_gain", "layer_map", "fill", "sides", "basis_record"} & set(config)
 
 
+def test_a_tokenizer_that_was_saved_with_the_adapter_goes_along(trained, tmp_path):
+    _, adapter, _ = trained()
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["new"])
+    tokenizer.save_pretrained(adapter)
+
+    export_lora(adapter, tmp_path / "lora")
+
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (tmp_path / "lora" / name).read_bytes() == (adapter / name).read_bytes()
+
+
 def test_a_plain_lora_adapter_can_be_merged_too(trained, tmp_path):
     base, adapter, expected = trained()
     export_lora(adapter, tmp_path / "lora")

@@ -64,9 +64,10 @@ def _set(part, **numbers):
 
 def test_the_helper_of_these_tests_leaves_a_readable_file(statistics, tmp_path):
     statistics.save_pretrained(tmp_path / "s")
-    _change(tmp_path / "s", {"total": _put(3, 7.0)}, lambda sizes: sizes.update(count=99))
+    count = statistics.of("aligned")[0].count
+    _change(tmp_path / "s", {"maximum": _put(3, 99.0)}, lambda sizes: sizes.update(count=count + 1))
     moments = FeatureStatistics.from_pretrained(tmp_path / "s").of("aligned")[0]
-    assert (moments.count, moments.total[3].item()) == (99, 7)
+    assert (moments.count, moments.maximum[3].item()) == (count + 1, 99)
 
 
 @pytest.mark.parametrize(
@@ -80,6 +81,24 @@ def test_the_helper_of_these_tests_leaves_a_readable_file(statistics, tmp_path):
         ({"sample.ends": _put(-1, 2**40)}, "sample with impossible rows"),
         ({"sample.ends": _put(0, 2**40)}, "sample with impossible rows"),
         ({"sample.ends": _put(0, -1)}, "sample with impossible rows"),
+        (
+            {"total": _put(3, 7e9)},
+            "sums that do not go with firing counts and maxima, sums that do not",
+        ),
+        ({"total_squares": _put(3, -1.0)}, "negative sums of squares"),
+        ({"example_squares": lambda squares: -squares}, "negative sums of squares"),
+        ({"example_squares": lambda squares: 0 * squares}, "sums that do not go with sums of squares"),
+        ({"example_products": lambda products: 99 * products}, "sums that do not go with sums of squares"),
+        ({"fired": lambda fired: 0 * fired}, "sums that do not go with firing counts and maxima"),
+        ({"top.values": lambda values: values.flip(1)}, "most active texts out of order"),
+        ({"top.examples": _put((0, 0), 9)}, "most active texts that were not read"),
+        ({"top.examples": _put((0, 0), -2)}, "most active texts that were not read"),
+        ({"sample.examples": _put(0, 9)}, "a sample of texts that were not read"),
+        (
+            {"raw.products": lambda products: products + products.abs().triu(1)},
+            "products of raw activations that",
+        ),
+        ({"raw.total": lambda total: 99 * total}, "products of raw activations that are none"),
         ({"sample.features": _put(0, 64)}, "features that the SAE does not have"),
         ({"sample.features": _put(0, -1)}, "features that the SAE does not have"),
         ({"sample.values": _put(0, float("inf"))}, "holds NaN or infinity"),
@@ -111,6 +130,8 @@ def test_damaged_tensors_of_parts_are_artifact_errors(statistics, tmp_path, tens
         (_set("sample", rows=2**61), "impossible sizes"),
         (_set("sample", limit=1.5), "impossible counts"),
         (_set("sample", limit=None), "impossible counts"),
+        (_set("sample", limit=1), "a sample that is larger than its limit"),
+        (lambda sizes: sizes.update(count_squares=sizes["count"]), "impossible numbers of observations and texts"),
         (_set("top", number=True), "impossible counts"),
         (lambda sizes: sizes["parts"].update(other={"d_sae": 64}), "malformed.*'other'"),
         (lambda sizes: sizes["parts"].update(histogram=[1]), "malformed"),

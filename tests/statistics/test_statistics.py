@@ -26,7 +26,7 @@ def statistics():
         label: tuple(FeatureMoments.of(_activations(9, seed + index)) for index in range(2))
         for seed, label in [(0, "aligned"), (5, "unaligned")]
     }
-    return FeatureStatistics(saes, moments, {"tokens": "all", "examples": {"aligned": 3, "unaligned": 3}})
+    return FeatureStatistics(saes, moments, {"tokens": "all", "examples": {"aligned": 9, "unaligned": 9}})
 
 
 def _tensors(statistics):
