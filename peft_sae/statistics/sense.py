@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def problems_of(statistics: FeatureStatistics, *, complete: bool) -> list[str]:
         examples = statistics.settings.get("examples", {}).get(label)
         for sae, one in zip(statistics.saes, moments, strict=True):
             wrong = [*_moments(one), *_parts(one, activations)]
-            wrong += [] if examples is None or not complete else _places(one, examples)
+            wrong += _places(one, examples if complete and examples is not None else math.inf)
             found += [f"{label} at {sae.hook_name}: {', '.join(wrong)}"] if wrong else []
     return found
 
@@ -103,7 +104,7 @@ def _parts(one: FeatureMoments, activations: bool) -> list[str]:
     return found
 
 
-def _places(one: FeatureMoments, examples: int) -> list[str]:
+def _places(one: FeatureMoments, examples: float) -> list[str]:
     """Places of texts that a data set of so many does not have."""
     found = []
     if one.examples > examples:

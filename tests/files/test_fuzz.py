@@ -98,7 +98,7 @@ def test_states_of_a_collection(statistics, tmp_path, monkeypatch):
         assert data["digest"] == digest(*found.statistics.to_tensors())
         if change.signed:
             tensors = oracles.read_tensors((artefact.folder / "run.state").read_bytes())
-            oracles.check_statistics(data, tensors, found.statistics)
+            oracles.check_statistics(data, tensors, found.statistics, complete=False)
         assert oracles.same(data["run"], RUN)
         assert oracles.same(data["batches"], found.batches)
         assert set(found.batches) == set(found.statistics.moments)
