@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Mapping
+import shutil
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..artifact import read_json, replace_file, write_json
 from ..errors import ArtifactError, ConfigError
 
+logger = logging.getLogger(__name__)
+
+FINAL_FOLDER = "final"  # where all processes save to, before one of them moves it
 JOB_FILE = "job.json"
+_CARD = "README.md"  # TRL writes one beside its checkpoints
 _SCHEMA, _SCHEMA_VERSION = "peft_sae.training", 1
 _STATE_FILE = "trainer_state.json"  # what transformers writes last
 _WEIGHTS_FILE = "adapter_model.safetensors"
 # Arguments that may change between a training and its continuation, since the result does not depend on them.
-_FREE = {"logging_steps", "logging_strategy", "report_to", "run_name", "save_total_limit", "dataloader_num_workers"}
+FREE_ARGUMENTS = frozenset(
+    {"logging_steps", "logging_strategy", "report_to", "run_name", "save_total_limit", "dataloader_num_workers"}
+)
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -26,11 +35,15 @@ def last_checkpoint(folder: str | Path) -> Path | None:
         folder: the Trainer's `output_dir`.
     """
     folder = Path(folder)
-    found = {}
+    found, torn = {}, []
     for path in folder.glob("checkpoint-*") if folder.is_dir() else ():
         number = re.fullmatch(r"checkpoint-(\d+)", path.name)
         if number and _is_complete(path):
             found[int(number[1])] = path
+        elif number:
+            torn.append(path.name)
+    if torn and not found:
+        logger.warning("No checkpoint in '%s' is complete (%s), so the training begins anew.", folder, sorted(torn))
     return found[max(found)] if found else None
 
 
@@ -62,7 +75,7 @@ def check_same_job(folder: str | Path, job: Mapping[str, Any]) -> None:
         ) from error
     before, now = _flat(known), _flat(json.loads(json.dumps(job)))
     different = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-    different = [key for key in different if key.removeprefix("arguments.") not in _FREE]
+    different = [key for key in different if key.removeprefix("arguments.") not in FREE_ARGUMENTS]
     if different:
         key = different[0]
         raise ConfigError(
@@ -80,6 +93,26 @@ def write_job(folder: str | Path, job: Mapping[str, Any]) -> None:
     """
     with replace_file(Path(folder) / JOB_FILE) as scratch:
         write_json(scratch, {"schema": _SCHEMA, "schema_version": _SCHEMA_VERSION, "job": job})
+
+
+def keeps_checkpoints(arguments: Collection[str]) -> bool:
+    """Whether a job asks for checkpoints, so that they stay when it is done.
+
+    Args:
+        arguments: names of the training arguments that it gives.
+    """
+    return not {"save_strategy", "save_steps"}.isdisjoint(arguments)
+
+
+def remove_checkpoints(folder: str | Path) -> None:
+    """Remove the checkpoints of a job that is done, and the folder if nothing else is in it."""
+    folder = Path(folder)
+    for place in [*folder.glob("checkpoint-*"), folder / FINAL_FOLDER]:
+        shutil.rmtree(place, ignore_errors=True)
+    for name in (JOB_FILE, _CARD):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):  # it may hold more than this
+        folder.rmdir()
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -30,7 +30,8 @@ def encode_examples(
     Args:
         tokenizer: a fast tokenizer.
         data: the records.
-        max_length: tokens per example; longer ones are cut, EOS included.
+        max_length: tokens per example; longer ones are cut, EOS included. One
+            whose prompt alone is as long is left out.
         learn: tokens that are learned: `all`, `response` (the last turn) or `assistant` (every turn). By default
             `all` for plain text, else `assistant`.
 
@@ -38,7 +39,7 @@ def encode_examples(
         One mapping per example with `input_ids` and `labels`, lists of the same length.
 
     Raises:
-        DataError: there are no records, or one has no token to learn from.
+        DataError: there are no records, one has no token to learn from, or none has one within `max_length`.
     """
     records = list(iterate_records(data, "training"))
     if not records:
@@ -50,7 +51,7 @@ def encode_examples(
         max_length=max_length - 1,
         prepend_bos=False,
     )
-    features = []
+    features, too_long = [], 0
     for number, record in enumerate(records):
         example = reader.read(record, number)
         labels = [token if counted else _IGNORED for token, counted in zip(example.ids, example.counted, strict=True)]
@@ -60,13 +61,29 @@ def encode_examples(
         elif eos is not None and not example.templated and not example.cut:
             ids, labels = [*ids, eos], [*labels, eos]
         if all(label in (_IGNORED, tokenizer.eos_token_id) for label in labels):
-            raise DataError(
-                f"Training example {number} has no response within {max_length} tokens, so nothing is learned from it. "
-                "Raise max_length, or remove it."
-            )
+            if not example.cut:
+                raise DataError(
+                    f"Training example {number} has no response, so nothing is learned from it. Remove it, or correct "
+                    "its fields."
+                )
+            too_long += 1
+            continue
         features.append({"input_ids": ids, "labels": labels})
-    if reader.truncated:
-        logger.warning("%d of %d training texts were cut at %d tokens.", reader.truncated, len(records), max_length)
+    if not features:
+        raise DataError(
+            f"None of the {len(records)} training examples has a response within {max_length} tokens, so nothing is "
+            "learned. Raise max_length."
+        )
+    if too_long:
+        logger.warning(
+            "%d of %d training examples are left out: their prompts alone fill %d tokens. Raise max_length to learn "
+            "from them.",
+            *(too_long, len(records), max_length),
+        )
+    if reader.truncated > too_long:
+        logger.warning(
+            "%d of %d training texts were cut at %d tokens.", reader.truncated - too_long, len(records), max_length
+        )
     return features
 
 

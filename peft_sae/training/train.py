@@ -8,15 +8,22 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..artifact import check_target, replace_folder
 from ..errors import ConfigError, PeftSaeError
 from ..statistics.records import Data
-from .checkpoints import JOB_FILE, check_same_job, last_checkpoint, write_job
+from .checkpoints import (
+    FINAL_FOLDER,
+    check_same_job,
+    keeps_checkpoints,
+    last_checkpoint,
+    remove_checkpoints,
+    write_job,
+)
 from .examples import Learned, to_dataset
 from .settings import Method, training_arguments
 
@@ -26,8 +33,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_FINAL = "final"  # where all processes save to, before one of them moves it
-_CARD = "README.md"  # TRL writes one beside its checkpoints
 _PICKLED = "training_args.bin"
 
 
@@ -83,7 +88,7 @@ def train_adapter(
     settings = training_arguments(method, arguments, work, max_length=length, progress=progress)
     dataset = to_dataset(method, tokenizer, data, length, learn)
     held_out = None if eval_data is None else to_dataset(method, tokenizer, eval_data, length, learn)
-    job = _describe(method, arguments, config, model, dataset, length)
+    job = _describe(method, arguments, config, model, dataset, held_out, length)
     checkpoint = last_checkpoint(work)
     if checkpoint is not None:
         check_same_job(work, job)
@@ -92,12 +97,13 @@ def train_adapter(
         trainer = _make_trainer(
             method, model, settings, tokenizer, config, train_dataset=dataset, eval_dataset=held_out
         )
+        _gather_when_saving(trainer.accelerator)
         for kind in callbacks:
             trainer.add_callback(kind(trainer))
         if settings.should_save:
             write_job(work, job)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        _save(trainer, Path(output), work, keep={"save_strategy", "save_steps"} & set(arguments))
+        _save(trainer, Path(output), work, keep=keeps_checkpoints(arguments))
         adapted: PeftModel = trainer.accelerator.unwrap_model(trainer.model)
         if settings.gradient_checkpointing:
             _stop_checkpointing(adapted)
@@ -121,12 +127,12 @@ def _make_trainer(
         raise ConfigError(f"trl.{kind.__name__} refuses the job ({error}).") from error
 
 
-def _save(trainer: Any, output: Path, work: Path, *, keep: Collection[str]) -> None:
+def _save(trainer: Any, output: Path, work: Path, *, keep: bool) -> None:
     """Write the adapter; sharded weights are gathered by all processes, and one moves what was written.
 
     Checkpoints that nobody asked for were there to go on from, and go.
     """
-    place = work / _FINAL
+    place = work / FINAL_FOLDER
     if trainer.args.should_save:
         shutil.rmtree(place, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
@@ -138,14 +144,16 @@ def _save(trainer: Any, output: Path, work: Path, *, keep: Collection[str]) -> N
                 if path.name != _PICKLED:
                     shutil.move(path, folder / path.name)
         shutil.rmtree(place)
-        for checkpoint in () if keep else work.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-        if not any(work.glob("checkpoint-*")):
-            for name in (JOB_FILE, _CARD):
-                (work / name).unlink(missing_ok=True)
-            with suppress(OSError):  # it may hold more than this
-                work.rmdir()
+        if not keep:
+            remove_checkpoints(work)
     trainer.accelerator.wait_for_everyone()
+
+
+def _gather_when_saving(accelerator: Any) -> None:
+    """Have FSDP write whole weights, as PEFT's files hold; from shards transformers writes no adapter at all."""
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
 @contextmanager
@@ -171,26 +179,31 @@ def _stop_checkpointing(adapted: Any) -> None:
 
 
 def _describe(
-    method: Method, arguments: Any, config: PeftConfig, model: Any, dataset: Any, max_length: int
+    method: Method, arguments: Any, config: PeftConfig, model: Any, dataset: Any, held_out: Any, max_length: int
 ) -> dict[str, Any]:
     """What must agree between a training and its continuation, as JSON."""
     settings = {key: value for key, value in config.to_dict().items() if key != "subspace"}
     subspace = getattr(config, "subspace", None)
     digest = getattr(subspace, "digest", subspace)
-    content = hashlib.sha256()
-    for record in dataset:
-        content.update(json.dumps(record, sort_keys=True).encode())
     described = {
         "method": method,
         "arguments": dict(arguments),
         "adapter": settings,
         "subspace": digest,
-        "data": content.hexdigest(),
+        "data": _content(dataset),
+        "eval_data": None if held_out is None else _content(held_out),
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "max_length": max_length,
         "model": model.config.to_dict(),
     }
     return dict(json.loads(json.dumps(described, default=_plain, sort_keys=True)))
+
+
+def _content(dataset: Any) -> str:
+    content = hashlib.sha256()
+    for record in dataset:
+        content.update(json.dumps(record, sort_keys=True).encode())
+    return content.hexdigest()
 
 
 def _plain(value: Any) -> Any:

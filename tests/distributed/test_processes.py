@@ -51,12 +51,17 @@ def reference(tmp_path_factory):
     for kind in worker.KINDS:
         worker.run_loop(kind, folder / "loop" / kind)
         worker.run_trainer(kind, folder / "trainer" / kind)
+    for kind in worker.kinds("job"):
+        worker.run_job(kind, folder / "job" / kind)
     return folder
 
 
 @pytest.mark.parametrize(("way", "kind"), CASES)
 def test_the_adapter_is_that_of_one_process(output, reference, way, kind):
-    found, expected = output / way / kind, reference / ("trainer" if "trainer" in way else "loop") / kind
+    found, expected = (
+        output / way / kind,
+        reference / next((name for name in ("trainer", "job") if name in way), "loop") / kind,
+    )
     errors = [file.read_text() for file in found.glob("error-*")]
     assert not errors, errors[0]
 

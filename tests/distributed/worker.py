@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import fsdp_auto_wrap_policy
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, StateDictType, fully_shard
@@ -26,26 +26,34 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from peft_sae import SaeSubspaceConfig
-from tests.tiny import make_model, make_subspace
+from peft_sae.training import train_adapter
+from peft_sae.training.checkpoints import last_checkpoint
+from tests.tiny import make_model, make_subspace, make_tokenizer
 
 PROCESSES = 2
 IDS = torch.randint(4, 16, (4, 9), generator=torch.Generator().manual_seed(0))
+TEXTS = ["red green", "sun moon sea", "blue sun", "moon"]  # as many as rows
 STEPS, RATE = 3, 0.3
 KINDS = ("lora", "free", "frozen", "protected")
 
 
-def adapt(kind: str, model: PreTrainedModel | None = None) -> PeftModel:
-    """A tiny model with LoRA, or with a basis that is free and filled up, or frozen."""
-    model = model or make_model()
+def configure(kind: str) -> PeftConfig:
+    """LoRA, or a basis that is free and filled up, or frozen."""
     fields = {"target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"], "task_type": "CAUSAL_LM"}
     if kind == "lora":
-        torch.manual_seed(0)  # sharding takes each process' own part of what should be the same everywhere
-        return get_peft_model(model, LoraConfig(r=4, **fields))
-    torch.manual_seed(rank())  # the basis and what fills it up depend on no seed
+        return LoraConfig(r=4, **fields)
     protected = {"blocks.0.hook_resid_post": 2} if kind == "protected" else None
     subspace = make_subspace(make_model(), protected=protected)
     fields |= {"r": "auto", "freeze_basis": True} if kind == "frozen" else {"r": 6}
-    return get_peft_model(model, SaeSubspaceConfig(subspace=subspace, **fields))
+    return SaeSubspaceConfig(subspace=subspace, **fields)
+
+
+def adapt(kind: str, model: PreTrainedModel | None = None) -> PeftModel:
+    model, config = model or make_model(), configure(kind)
+    # Sharding takes each process' own part of what should be the same everywhere: with LoRA's weights that takes a
+    # seed; the basis and what fills it up depend on none.
+    torch.manual_seed(0 if kind == "lora" else rank())
+    return get_peft_model(model, config)
 
 
 def rank() -> int:
@@ -187,6 +195,23 @@ def run_trainer(kind: str, output: Path, **arguments) -> None:
     trainer.save_model(str(output))
 
 
+def run_job(kind: str, output: Path, *, sharded: bool = False) -> None:
+    """`train_adapter`; as `accelerate config` sets FSDP2 up, it would save shards."""
+    if sharded:
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+        assert "SHARDED" in str(plugin.state_dict_type)
+        sharding_accelerator(plugin)
+    settings = {"max_steps": STEPS, "learning_rate": RATE, "lr_scheduler_type": "constant", "optim": "sgd"}
+    settings |= {"use_cpu": True, "save_steps": 1, "gradient_checkpointing": False}
+    train_adapter(
+        *(make_model(), make_tokenizer(), TEXTS, configure(kind), output),
+        per_device_train_batch_size=len(own_rows()),
+        progress=False,
+        **settings,
+    )
+    assert last_checkpoint(f"{output}.checkpoints").name == f"checkpoint-{STEPS}"
+
+
 # PEFT's policy wraps what is trained for itself; whole blocks hold trained and frozen weights.
 BLOCKS = ModuleWrapPolicy({LlamaDecoderLayer})
 WAYS = {
@@ -200,13 +225,15 @@ WAYS = {
     "fsdp1-blocks-flat": partial(run_fsdp1, policy=BLOCKS, use_orig_params=False),
     "ddp-trainer": run_trainer,
     "fsdp2-trainer": partial(run_trainer, fsdp=True),
+    "ddp-job": run_job,
+    "fsdp2-job": partial(run_job, sharded=True),
     "zero3": run_zero3,
 }
 
 
 def kinds(way: str) -> tuple[str, ...]:
-    """Protected directions are measured behind the norms, whose weights not every process has there."""
-    return KINDS[:3] if way == "fsdp2-accelerate-meta" else KINDS
+    """Protected directions are measured behind the norms, whose weights not every process has on the meta device."""
+    return KINDS[:3] if way == "fsdp2-accelerate-meta" or "job" in way else KINDS
 
 
 def main(output: Path, ways: list[str]) -> None:

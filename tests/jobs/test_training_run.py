@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from peft_sae import FeatureStatistics, Subspace
 from peft_sae.errors import ArtifactError, ConfigError, DataError
-from peft_sae.jobs import TrainingJob, run_job, training_run
+from peft_sae.jobs import TrainingJob, request, run_job, selection_run, training_run
+from peft_sae.training import train as training_of_adapters
 from tests.jobs.conftest import SELECT
 from tests.tiny import make_model, make_subspace
 
@@ -70,11 +71,11 @@ class Stopped(Exception):
     """Stands for a kill."""
 
 
-def stop_in(monkeypatch, name):
+def stop_in(monkeypatch, name, module=training_run):
     def stop(*_, **__):
         raise Stopped
 
-    monkeypatch.setattr(training_run, name, stop)
+    monkeypatch.setattr(module, name, stop)
 
 
 def test_a_job_goes_on_where_it_was_stopped(world, monkeypatch):
@@ -119,8 +120,91 @@ def test_a_training_goes_on_from_its_last_complete_checkpoint(world):
     assert state["global_step"] == 6
 
 
+def test_checkpoints_that_a_stop_left_behind_go_with_the_job(world, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_in(patch, "remove_checkpoints", training_of_adapters)
+        with pytest.raises(Stopped):
+            run()
+    assert (world / "adapter").is_dir()
+    left = world / "adapter.checkpoints"
+    assert any(left.glob("checkpoint-*"))
+    (left / "final").mkdir()
+    (left / "statistics.state.0-of-2").write_text("")
+    stop_in(monkeypatch, "train_adapter")
+
+    run()
+
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("kept", [{}, {"statistics": "kept"}])
+def test_texts_are_not_read_again_when_only_the_choice_changes(world, monkeypatch, kept):
+    before = {**SELECT, **kept, "top_k": 3, "texts": 1}
+    with monkeypatch.context() as patch:
+        stop_in(patch, "subspace_from_selection", selection_run)
+        with pytest.raises(Stopped):
+            run(select=before)
+    for change in ({"tokens": "response"}, {"unaligned": "aligned.jsonl"}, {"measures": ["histograms"]}):
+        with monkeypatch.context() as patch:
+            stop_in(patch, "collect_statistics", selection_run)
+            patch.setattr(request.Request, "write", lambda self: None)
+            with pytest.raises(Stopped):
+                run(select={**before, **change})
+    with monkeypatch.context() as patch:
+        stop_in(patch, "collect_statistics", selection_run)
+        run(select={**before, "top_k": 2})
+
+    assert not (world / "adapter.checkpoints").exists()
+    assert (world / "kept").is_dir() is bool(kept)
+    found = Subspace.from_pretrained("adapter-subspace").digest
+    (world / "adapter").rename(world / "first")
+    (world / "adapter-subspace").rename(world / "second")
+    run(select={**SELECT, "top_k": 2})
+    assert Subspace.from_pretrained("adapter-subspace").digest == found
+
+
+@pytest.mark.parametrize("name", ["aligned", "unaligned"])
+def test_texts_that_changed_since_the_stop_are_noticed(world, monkeypatch, name):
+    with monkeypatch.context() as patch:
+        stop_in(patch, "merge_checkpoint")
+        with pytest.raises(Stopped):
+            run(merged="merged")
+    before = (world / f"{name}.jsonl").read_text()
+    (world / f"{name}.jsonl").write_text(before + before.splitlines()[0])
+    with pytest.raises(ArtifactError, match=r"adapter' exists and holds"):
+        run(merged="merged")
+    (world / f"{name}.jsonl").write_text(before)
+    run(merged="merged", training={**TRAINING, "logging_steps": 1}, watch=False, lora="lora")
+    assert (world / "merged").is_dir()
+    assert (world / "lora").is_dir()
+
+
+def test_an_empty_folder_is_not_taken_for_what_is_asked(world):
+    for name in ("merged", "lora", "adapter"):
+        (world / name).mkdir()
+    run(merged="merged", lora="lora")
+    assert (world / "merged" / "model.safetensors").is_file()
+    assert (world / "lora" / "adapter_model.safetensors").is_file()
+
+
+def test_torn_checkpoints_are_told_and_begun_anew(world, caplog):
+    make_subspace(make_model()).save_pretrained("subspace")
+    torn = world / "adapter.checkpoints" / "checkpoint-2"
+    torn.mkdir(parents=True)
+    run(select=None, subspace="subspace")
+    assert "No checkpoint in 'adapter.checkpoints' is complete (['checkpoint-2'])" in caplog.text
+    assert not torn.exists()
+
+
 @pytest.mark.parametrize(
-    "change", [{"training": {"learning_rate": 0.01}}, {"data": "unaligned.jsonl"}, {"adapter": {"lora_alpha": 99}}]
+    "change",
+    [
+        {"training": {"learning_rate": 0.01}},
+        {"data": "unaligned.jsonl"},
+        {"eval_data": "unaligned.jsonl"},
+        {"adapter": {"lora_alpha": 99}},
+        {"max_length": 4},
+    ],
 )
 def test_checkpoints_of_another_job_are_refused(world, change):
     make_subspace(make_model()).save_pretrained("subspace")
@@ -161,6 +245,7 @@ def test_what_is_there_is_never_replaced(world):
         ({"adapter": {"r": 4, "target_modules": ["lm_head"]}}, ConfigError, "SFTTrainer refuses the job"),
         ({"select": None, "subspace": "nowhere/else/sub"}, ArtifactError, "nowhere"),
         ({"training": {"max_steps": "many"}}, ConfigError, "refuses"),
+        ({"training": {"save_only_model": True}}, ConfigError, "none that a training could go on from"),
     ],
 )
 def test_what_cannot_be_done_is_told_and_leaves_no_adapter(world, changes, error, message):

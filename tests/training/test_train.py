@@ -31,8 +31,23 @@ def test_a_text_that_was_cut_does_not_teach_to_stop():
     assert feature == {"input_ids": [1, 4, 5], "labels": [-100, 4, 5]}
 
 
-def test_training_lowers_the_loss_on_completions_only(tmp_path):
+def test_examples_whose_prompts_are_too_long_are_left_out(caplog):
+    long = {"prompt": "red green blue red green blue", "completion": " sun"}
+    cut = {"prompt": "red green blue", "completion": " sun sun sun sun"}
 
+    features = encode_examples(make_tokenizer(), [long, ALIGNED[1], cut, long], 7)
+
+    ids = make_tokenizer()("red green blue sun sun")["input_ids"]  # with BOS, and without EOS
+    assert [feature["input_ids"] for feature in features] == [[1, 9, 7, 7, 8, 2], ids]
+    assert "2 of 4 training examples are left out: their prompts alone fill 7 tokens" in caplog.text
+    assert "1 of 4 training texts were cut at 7 tokens" in caplog.text
+    with pytest.raises(DataError, match=r"None of the 2 training examples .* within 7 tokens.*Raise max_length"):
+        encode_examples(make_tokenizer(), [long, long], 7)
+    with pytest.raises(DataError, match="example 1 has no response, so nothing is learned from it"):
+        encode_examples(make_tokenizer(), [ALIGNED[1], {"prompt": "red", "completion": ""}], 7)
+
+
+def test_training_lowers_the_loss_on_completions_only(tmp_path):
     tokenizer, model = make_tokenizer(), make_model()
     features = encode_examples(tokenizer, ALIGNED, 64)
     assert features[1] == {"input_ids": [1, 9, 7, 7, 8, 2], "labels": [-100, -100, 7, 7, 8, 2]}
@@ -51,7 +66,6 @@ def test_training_lowers_the_loss_on_completions_only(tmp_path):
 
 
 def test_wrong_training_arguments_are_told(tmp_path):
-
     model = make_model()
     config = SaeSubspaceConfig(subspace=make_subspace(model), r=2, target_modules=["q_proj"])
 
@@ -59,7 +73,7 @@ def test_wrong_training_arguments_are_told(tmp_path):
         train_adapter(model, make_tokenizer(), ALIGNED, config, tmp_path / "out", learning_rat=1)
     with pytest.raises(DataError, match="training data are empty"):
         train_adapter(model, make_tokenizer(), [], config, tmp_path / "out")
-    with pytest.raises(DataError, match="no response within 3 tokens"):
+    with pytest.raises(DataError, match="has a response within 3 tokens"):
         train_adapter(model, make_tokenizer(), ALIGNED, config, tmp_path / "out", max_length=3)
     assert not any("lora_" in name for name, _ in model.named_parameters())
 

@@ -1,0 +1,165 @@
+"""What a job was started with, so that a second start knows what is its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..adapter import CONFIG_FILE
+from ..artifact import check_target, check_writable, read_json, replace_file, write_json
+from ..errors import ArtifactError, ConfigError
+from ..statistics.statistics import FeatureStatistics
+from ..subspace import Subspace
+from ..training.checkpoints import FREE_ARGUMENTS
+from .training import TrainingJob
+
+logger = logging.getLogger(__name__)
+
+_SCHEMA, _SCHEMA_VERSION = "peft_sae.job", 1
+_FILE = "request.json"
+_STATISTICS = "statistics"
+_AFTERWARDS = ("report", "merged", "lora", "architecture", "watch")  # what a trained adapter does not depend on
+_SELECTING = ("model", "dtype", "select", "subspace", "texts")  # what the Subspace depends on
+# What a selection does with statistics that are collected already.
+_CHOOSING = (
+    *("top_k", "variance", "features", "direction", "min_firing_rate", "max_firing_rate", "max_cosine", "max_q"),
+    *("drop", "keep", "retain_by", "retain_ratio", "seed"),
+    *("protect", "protect_contrast", "protect_top_k", "protect_max_q"),
+)
+_TEXTS = ("aligned", "unaligned", "preferences", "retain", "protect_contrast")
+_CHUNK = 1 << 20
+
+
+class Request:
+    """A job and the files that it reads, kept in a file beside its checkpoints while it is not done.
+
+    Args:
+        job: what is to be done.
+    """
+
+    def __init__(self, job: TrainingJob) -> None:
+        self._job = job
+        self.folder = Path(f"{job.output}.checkpoints")
+        self._data = json.loads(json.dumps(_describe(job), default=str))
+        self._before = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        path = self.folder / _FILE
+        if not path.is_file():
+            return {}
+        found = read_json(path, schema=_SCHEMA, newest=_SCHEMA_VERSION).get("job")
+        return found if isinstance(found, dict) else {}
+
+    def _agrees(self, keys: Iterable[str]) -> bool:
+        return bool(self._before) and all(self._before.get(key) == self._data.get(key) for key in keys)
+
+    @property
+    def statistics(self) -> Path:
+        """Where statistics lie that nobody asked for, while the job is not done."""
+        return self.folder / _STATISTICS
+
+    @property
+    def has_subspace(self) -> bool:
+        """Whether an earlier start of the same job has written the Subspace."""
+        return Path(self._job.subspace_source).is_dir() and self._agrees(_SELECTING)
+
+    def has_statistics(self, place: str | Path) -> bool:
+        """Whether an earlier start has collected what this one selects from, though it may have chosen otherwise.
+
+        Args:
+            place: the folder of the statistics.
+        """
+        before, now = ({**data, "select": _collecting(data.get("select"))} for data in (self._before, self._data))
+        if not self._before or any(before.get(key) != now.get(key) for key in _SELECTING):
+            return False
+        try:
+            FeatureStatistics.from_pretrained(place)
+        except ArtifactError as error:
+            logger.debug("'%s' is collected anew (%s).", place, error)
+            return False
+        return True
+
+    def check_places(self) -> bool:
+        """Check what is to be written, and return whether an earlier start of the same job has trained the adapter.
+
+        Raises:
+            ArtifactError, ConfigError: something is in the way.
+        """
+        job, again = self._job, self._agrees(key for key in self._data if key not in _AFTERWARDS)
+        trained = again and (Path(job.output) / CONFIG_FILE).is_file()
+        for place in (job.output, job.merged, job.lora):
+            if place is not None and not (again and holds_something(place)):
+                check_target(place)
+                check_writable(place)
+        if job.report is not None:
+            check_writable(job.report)
+        if job.select is None:
+            Subspace.from_pretrained(job.subspace_source)  # before the model is loaded
+        elif Path(job.subspace_source).exists() and not self.has_subspace:
+            raise ConfigError(
+                f"'{job.subspace_source}' is there already, and not from this job, so selecting would replace it. "
+                "Remove the section 'select' to use it, or give another 'subspace'."
+            )
+        return trained
+
+    def write(self) -> None:
+        """Write the job down."""
+        with replace_file(self.folder / _FILE) as scratch:
+            write_json(scratch, {"schema": _SCHEMA, "schema_version": _SCHEMA_VERSION, "job": self._data})
+
+    def forget(self) -> None:
+        """Remove it with what only an unfinished job needs, and the folder if nothing else is in it."""
+        (self.folder / _FILE).unlink(missing_ok=True)
+        shutil.rmtree(self.statistics, ignore_errors=True)
+        for state in self.folder.glob(f"{_STATISTICS}.state*"):  # of another number of processes
+            state.unlink(missing_ok=True)
+        try:
+            self.folder.rmdir()
+        except OSError as error:
+            logger.debug("'%s' stays (%s).", self.folder, error)
+
+
+def holds_something(place: str | Path) -> bool:
+    """Whether a folder is there and not empty."""
+    folder = Path(place)
+    return folder.is_dir() and any(folder.iterdir())
+
+
+def _describe(job: TrainingJob) -> dict[str, Any]:
+    """The job, less what changes nothing, and the contents of the files that it reads."""
+    described = job.to_dict()
+    described["training"] = {key: value for key, value in job.training.items() if key not in FREE_ARGUMENTS}
+    described["trained_on"] = {key: _digest(getattr(job, key)) for key in ("data", "eval_data")}
+    described["texts"] = {name: _digest(source) for name, source in _texts(job)}
+    return described
+
+
+def _texts(job: TrainingJob) -> Iterator[tuple[str, Any]]:
+    for key in _TEXTS:
+        found = (job.select or {}).get(key)
+        for number, source in enumerate(found if isinstance(found, list | tuple) else [found]):
+            yield f"{key}.{number}", source
+
+
+def _collecting(select: Any) -> Any:
+    """A selection less what it does with statistics; `texts` and the selector say what has to be collected."""
+    return {key: value for key, value in select.items() if key not in _CHOOSING} if isinstance(select, dict) else select
+
+
+def _digest(source: Any) -> str | None:
+    """SHA-256 of a file or of all files of a folder; None of what is not here."""
+    if not isinstance(source, str) or not Path(source).exists():
+        return None
+    place, content = Path(source), hashlib.sha256()
+    for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if path.is_file():
+            content.update(f"{path.relative_to(place)}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(_CHUNK):
+                    content.update(chunk)
+    return content.hexdigest()
