@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from .errors import ArtifactError, ConfigError, suggest
 from .reading import LARGEST_JSON, check_inside, check_regular, parse_json, read_text
-from .scratch import held, scratch_file, scratch_folder, swap_in
+from .scratch import held, scratch_file, scratch_folder, swap_in, tidy
 
 _VERSIONED_PACKAGES = ("peft_sae", "peft", "torch", "transformers", "sae_lens", "transformer_lens")
 
@@ -107,6 +107,27 @@ def replace_file(target: str | Path) -> Iterator[Path]:
         if isinstance(error, ArtifactError):
             raise
         raise _cannot_write(target, error) from error
+
+
+def discard(target: str | Path) -> None:
+    """Remove a file or folder that nobody needs any more, with what killed processes have left of it.
+
+    Args:
+        target: the file or folder; if there is none, that is no error.
+    """
+    target = Path(target)
+    if target.is_dir() and not target.is_symlink():
+        shutil.rmtree(target, ignore_errors=True)
+    else:
+        target.unlink(missing_ok=True)
+    tidy_up(target)
+
+
+def tidy_up(target: str | Path) -> None:
+    """Remove what killed processes have left beside a file or folder, if nobody writes it now."""
+    target = Path(target)
+    if target.parent.is_dir():
+        tidy(target.parent.resolve() / target.name)
 
 
 def check_writable(target: str | Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from peft_sae import scratch
-from peft_sae.artifact import replace_file, replace_folder, write_text
+from peft_sae.artifact import discard, replace_file, replace_folder, tidy_up, write_text
 from peft_sae.errors import ArtifactError
 
 HOLD = """
@@ -67,6 +67,28 @@ def test_what_a_killed_process_left_goes_with_the_next_write(other, tmp_path):
     write(tmp_path / "out")
 
     assert names(tmp_path) == ["out"]
+
+
+def test_what_a_killed_process_left_goes_with_what_it_wrote(other, tmp_path):
+    (tmp_path / "out").mkdir()
+    before = names(tmp_path)
+    tidy_up(tmp_path / "out")  # while the other one writes
+    assert names(tmp_path) == before
+    other.kill()
+    other.wait()
+
+    tidy_up(tmp_path / "out")
+    assert names(tmp_path) == ["out"]
+    (tmp_path / ".out.lock").write_text("")
+    discard(tmp_path / "out")
+    assert names(tmp_path) == []
+    discard(tmp_path / "out")
+    discard(tmp_path / "nowhere" / "out")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path)
+    discard(tmp_path / "file")
+    discard(tmp_path / "link")
+    assert names(tmp_path) == []
 
 
 def test_other_targets_scratch_stays(tmp_path):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ..adapter import CONFIG_FILE
-from ..artifact import check_target, check_writable, read_json, replace_file, write_json
+from ..artifact import check_target, check_writable, discard, read_json, replace_file, tidy_up, write_json
 from ..errors import ArtifactError, ConfigError
 from ..statistics.statistics import FeatureStatistics
 from ..subspace import Subspace
@@ -114,10 +113,11 @@ class Request:
 
     def forget(self) -> None:
         """Remove it with what only an unfinished job needs, and the folder if nothing else is in it."""
-        (self.folder / _FILE).unlink(missing_ok=True)
-        shutil.rmtree(self.statistics, ignore_errors=True)
-        for state in self.folder.glob(f"{_STATISTICS}.state*"):  # of another number of processes
-            state.unlink(missing_ok=True)
+        for path in [self.folder / _FILE, *self.folder.glob(f"*{_STATISTICS}*")]:
+            discard(path)
+        for place in (self._job.output, self._job.subspace_source, self._job.merged, self._job.lora):
+            if place is not None:
+                tidy_up(place)
         try:
             self.folder.rmdir()
         except OSError as error:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import check_target, check_writable
+from ..artifact import check_target, check_writable, discard
 from ..errors import ConfigError, MismatchError
 from ..sae.handle import SaeHandle
 from ..sae.load import load_saes
@@ -176,7 +176,7 @@ class _Collector:
             share = Share.of_this_process(None)
             if share.rank == 0:
                 found.save_pretrained(job.statistics)
-            state_path(state, share).unlink(missing_ok=True)
+            discard(state_path(state, share))
         return found
 
     def protected(self, first: Data, second: Data) -> Selection:

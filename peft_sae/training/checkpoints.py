@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..artifact import read_json, replace_file, write_json
+from ..artifact import discard, read_json, replace_file, write_json
 from ..errors import ArtifactError, ConfigError
 
 logger = logging.getLogger(__name__)
@@ -110,7 +110,7 @@ def remove_checkpoints(folder: str | Path) -> None:
     for place in [*folder.glob("checkpoint-*"), folder / FINAL_FOLDER]:
         shutil.rmtree(place, ignore_errors=True)
     for name in (JOB_FILE, _CARD):
-        (folder / name).unlink(missing_ok=True)
+        discard(folder / name)
     with suppress(OSError):  # it may hold more than this
         folder.rmdir()
 
