@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 QUANTISED := $(VENV)/.quantised
+# Tests keep to one thread each; every worker needs about 1 GB.
+WORKERS ?= 2
 
 .PHONY: demo test test-lowest parity lint typecheck install clean
 
@@ -11,7 +13,7 @@ demo: install
 	$(BIN)/peft-sae demo --output outputs/demo
 
 test: install $(QUANTISED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 # The table of what LoRA and SAE_SUBSPACE can do.
 parity: install $(QUANTISED)
@@ -21,8 +23,8 @@ parity: install $(QUANTISED)
 test-lowest:
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints-lowest.txt)
-	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e . pytest hypothesis
-	HF_HUB_OFFLINE=1 $(VENV)-lowest/bin/python -m pytest -m 'not demo'
+	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e . pytest pytest-xdist hypothesis
+	HF_HUB_OFFLINE=1 $(VENV)-lowest/bin/python -m pytest -n $(WORKERS) -m 'not demo'
 
 lint: install
 	$(BIN)/ruff check .
