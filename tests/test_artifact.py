@@ -5,8 +5,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from peft_sae.artifact import digest, read_json, read_tensors, replace_folder, write_json, write_tensors, write_text
+from peft_sae.artifact import digest, read_json, read_tensors, write_json, write_tensors
 from peft_sae.errors import ArtifactError, PeftSaeError
+from peft_sae.writing import replace_folder, write_text
 
 HEADER = {"a": ((2, 3), torch.float32), "n": ((2,), torch.int64)}
 

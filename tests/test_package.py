@@ -22,6 +22,7 @@ ORDER = [
     "layout",
     "reading",
     "scratch",
+    "writing",
     "artifact",
     "adapter",
     "checkpoint",

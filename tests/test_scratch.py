@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from peft_sae import scratch
-from peft_sae.artifact import discard, replace_file, replace_folder, tidy_up, write_text
 from peft_sae.errors import ArtifactError
+from peft_sae.writing import discard, replace_file, replace_folder, tidy_up, write_text
 
 HOLD = """
 import sys
 from pathlib import Path
-from peft_sae.artifact import replace_folder
+from peft_sae.writing import replace_folder
 with replace_folder(sys.argv[1], owned=["mark"]) as folder:
     (folder / "mark").write_text("theirs")
     print("held", flush=True)
@@ -161,7 +161,7 @@ def test_a_full_disk_is_told_with_what_is_free(tmp_path):
 def test_a_limit_on_the_size_of_files_leaves_nothing_half_written(tmp_path):
     code = (
         "import signal, sys\nsignal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "from peft_sae.artifact import replace_folder, write_tensors\nimport torch\n"
+        "from peft_sae.artifact import write_tensors\nfrom peft_sae.writing import replace_folder\nimport torch\n"
         "from peft_sae.errors import ArtifactError\n"
         "try:\n"
         "    with replace_folder(sys.argv[1]) as folder:\n"

@@ -52,12 +52,12 @@ def inspect(
     """
     import torch
 
-    from ..artifact import check_writable
     from ..inspect import inspect_adapter
     from ..sae.load import load_saes
     from ..selection.labels import read_labels
     from ..statistics.data import TOKEN_CHOICES
     from ..statistics.records import check_data
+    from ..writing import check_writable
 
     if saes is None and (ids or layers):
         raise ConfigError("--id and --layer choose among SAEs, and --saes does not say of which. Add it.")

@@ -101,12 +101,12 @@ def select(
     Example: `peft-sae select --config configs/selection/gemma-2-2b.yaml --aligned good.jsonl --unaligned bad.jsonl
     --output outputs/subspace`
     """
-    from ..artifact import check_suffix
     from ..jobs.selection import SelectionJob, read_selection
     from ..jobs.selection_run import run_selection
     from ..selection.labels import fetch_labels as ask_neuronpedia
     from ..selection.labels import read_labels
     from ..selection.table import SUFFIXES, describe_features
+    from ..writing import check_suffix
     from .tables import print_features
 
     given = {name: value for name, value in locals().items() if name in SelectionJob.__dataclass_fields__}

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import package_versions, read_json, replace_folder, write_json
+from ..artifact import package_versions, read_json, write_json
 from ..errors import ArtifactError
 from ..jobs.bars import other_bars
+from ..writing import replace_folder
 from .context import one_thread
 from .language import (
     Language,

@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..adapter import EDIT_FILE, EDIT_SCHEMA, EDIT_SCHEMA_VERSION, WEIGHTS_FILE, read_adapter_weights, read_edits
-from ..artifact import check_target, check_writable, digest, package_versions, replace_folder, write_json
+from ..artifact import digest, package_versions, write_json
 from ..errors import ArtifactError, ConfigError, MismatchError
 from ..inspect.base import open_skeleton
 from ..inspect.groups import feature_groups
@@ -26,6 +26,7 @@ from ..tuner import SaeSubspaceConfig
 from ..tuner.card import amend_card
 from ..tuner.card_section import put_section
 from ..tuner.sites import width_of
+from ..writing import check_target, check_writable, replace_folder
 from .directions import find_maps
 from .folder import check_apart, copy_beside
 from .record import edits_section

@@ -8,9 +8,10 @@ from pathlib import Path
 from peft import LoraConfig
 
 from ..adapter import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config, read_adapter_weights, read_edits
-from ..artifact import replace_folder, write_json
+from ..artifact import write_json
 from ..errors import ConfigError
 from ..tuner import SaeSubspaceConfig
+from ..writing import replace_folder
 from .companions import copy_tokenizer
 from .uniform import with_one_rank
 

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import check_space, check_target, replace_folder
 from ..checkpoint import CONFIG_NAME, base_folder
 from ..errors import ArtifactError, ConfigError, suggest
+from ..writing import check_space, check_target, replace_folder
 from .companions import copy_companions, copy_tokenizer
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import check_suffix, write_text
+from ..writing import check_suffix, write_text
 
 if TYPE_CHECKING:
     import pandas as pd

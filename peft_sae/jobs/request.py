@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ..adapter import CONFIG_FILE
-from ..artifact import check_target, check_writable, discard, read_json, replace_file, tidy_up, write_json
+from ..artifact import read_json, write_json
 from ..errors import ArtifactError, ConfigError
 from ..statistics.statistics import FeatureStatistics
 from ..subspace import Subspace
 from ..training.checkpoints import FREE_ARGUMENTS
+from ..writing import check_target, check_writable, discard, replace_file, tidy_up
 from .training import TrainingJob
 
 logger = logging.getLogger(__name__)

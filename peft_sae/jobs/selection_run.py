@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import check_target, check_writable, discard
 from ..errors import ConfigError, MismatchError
 from ..sae.handle import SaeHandle
 from ..sae.load import load_saes
@@ -26,6 +25,7 @@ from ..subspace.artifact import SUBSPACE_FILES, Subspace
 from ..subspace.build import subspace_from_selection
 from ..subspace.controls import control_subspace
 from ..subspace.protect import find_protected, protected_ids, select_contrast
+from ..writing import check_target, check_writable, discard
 from .models import load_model
 from .selection import MEASURES, SelectionJob
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import check_suffix, package_versions, write_text
+from ..artifact import package_versions
 from ..errors import ConfigError, MismatchError, SelectionError
 from ..escape import in_csv, visible
 from ..sae.handle import SaeHandle, as_handles
@@ -19,6 +19,7 @@ from ..sae.identity import SaeIdentity
 from ..sae.names import feature_name, parse_feature_name
 from ..statistics.records import Data
 from ..statistics.statistics import FeatureStatistics
+from ..writing import check_suffix, write_text
 from .select import SelectedFeatures, Selection
 from .texts import FeatureExample, read_examples
 from .tokens import TokenEffects, token_effects

@@ -12,9 +12,10 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ..artifact import digest, replace_file
+from ..artifact import digest
 from ..errors import ArtifactError, ConfigError
 from ..reading import check_regular, parse_json
+from ..writing import replace_file
 from .share import Share
 from .statistics import FeatureStatistics
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from ..artifact import digest, package_versions, read_json, read_tensors, replace_folder, write_json, write_tensors
+from ..artifact import digest, package_versions, read_json, read_tensors, write_json, write_tensors
 from ..errors import ArtifactError, DataError, MismatchError
 from ..sae.identity import SaeIdentity
+from ..writing import replace_folder
 from .moments import FeatureMoments
 from .sense import problems_of
 

@@ -10,34 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..artifact import (
-    digest,
-    looks_like_path,
-    package_versions,
-    read_json,
-    read_tensors,
-    replace_folder,
-    write_json,
-    write_tensors,
-)
+from ..artifact import digest, package_versions, read_json, read_tensors, write_json, write_tensors
 from ..errors import ArtifactError
 from ..layout import BlockLayout
 from ..sae.identity import SaeIdentity
+from ..writing import replace_folder
 from .protected import ProtectedSite, feature_name
+from .sense import check_sense
 from .site import SubspaceSite
+from .source import JSON_FILE, TENSOR_FILE, find_folder
 
 if TYPE_CHECKING:
     import pandas as pd
 
-JSON_FILE = "subspace.json"
-TENSOR_FILE = "subspace.safetensors"
 SUBSPACE_FILES = (JSON_FILE, TENSOR_FILE)
 _SCHEMA = "peft_sae.subspace"
 _SCHEMA_VERSION = 1
 _MAX_FEATURES = 2**20  # more chosen features than any SAE has: such a file is damaged
 _MAX_WIDTH = 2**20
-_MODEL_SIZES = ("hidden_size", "num_hidden_layers")
-_TOLERANCE = 1e-3  # far above rounding, far below anything that is not an orthonormal basis
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -149,7 +139,7 @@ class Subspace:
             ArtifactError: it is not there, or a file is truncated, of a newer schema, or lacks a
                 tensor, or the content does not have the digest that was written with it.
         """
-        folder = _find_folder(path_or_id)
+        folder = find_folder(path_or_id)
         description = read_json(folder / JSON_FILE, schema=_SCHEMA, newest=_SCHEMA_VERSION)
         try:
             subspace = _from_description(description, folder / TENSOR_FILE)
@@ -165,7 +155,7 @@ class Subspace:
                 f"{str(description.get('digest'))[:12]}... was written with it: a file was changed or mixed up. Copy "
                 "or build the Subspace again."
             )
-        _check_sense(subspace)
+        check_sense(subspace)
         return subspace
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -272,80 +262,3 @@ def _from_description(description: Mapping[str, Any], tensor_file: Path) -> Subs
         versions=dict(description["versions"]),
         protected=protected,
     )
-
-
-def _check_sense(subspace: Subspace) -> None:
-    """Refuse content that is well-formed and belongs together, but is no basis of features."""
-    depth = subspace.model.get("num_hidden_layers")
-    if not isinstance(subspace.model.get("model_type", ""), (str, type(None))):
-        raise ArtifactError(f"The Subspace's model_type is {subspace.model['model_type']!r}, no name. Build it again.")
-    problems = []
-    for sites in (subspace.sites, subspace.protected):
-        hooks = [site.sae.hook_name for site in sites]
-        problems += ["two sites have the same hook point"] if len(set(hooks)) < len(hooks) else []
-    problems += [
-        f"the model's {name} is no number" for name in _MODEL_SIZES if not isinstance(subspace.model.get(name), int)
-    ]
-    every: list[SubspaceSite | ProtectedSite] = [*subspace.sites, *subspace.protected]
-    for site in every:
-        ids = site.features.tolist()
-        if isinstance(depth, int) and site.sae.site.block >= depth:
-            problems.append(f"{site.sae.hook_name} lies beyond the model's {depth} blocks")
-        if len(set(ids)) < len(ids) or min(ids) < 0 or max(ids) >= site.sae.d_sae:
-            problems.append(f"the feature ids at {site.sae.hook_name} are not distinct features of the SAE")
-        if float((site.directions.double().norm(dim=-1) - 1).abs().max()) > _TOLERANCE:
-            problems.append(f"the directions at {site.sae.hook_name} are not of unit length")
-    for base in subspace.sites:
-        overlap = base.basis.double() @ base.basis.double().T
-        if float((overlap - torch.eye(base.rank)).abs().max()) > _TOLERANCE:
-            problems.append(f"the basis at {base.sae.hook_name} is not orthonormal")
-        shares = torch.stack([base.q_values, base.aligned_rates, base.unaligned_rates])
-        if bool(((shares < 0) | (shares > 1)).any()):
-            problems.append(f"the q-values or rates at {base.sae.hook_name} are no shares")
-        if float((base.coefficients @ base.directions - base.basis).abs().max()) > _TOLERANCE:
-            problems.append(f"the basis at {base.sae.hook_name} does not consist of its features")
-    if problems:
-        raise ArtifactError(f"The Subspace makes no sense: {'; '.join(problems)}. Build it again.")
-
-
-def _find_folder(path_or_id: str | Path) -> Path:
-    path = Path(path_or_id)
-    try:
-        for folder in (path, path / "subspace"):
-            if (folder / JSON_FILE).is_file():
-                return folder
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{str(path)[:80]!r} is no path to a Subspace ({error}). Check it.") from error
-    if path.exists():
-        raise ArtifactError(
-            f"'{path}' has no {JSON_FILE}, so it is no Subspace and no adapter with one. Give the folder that "
-            "`Subspace.save_pretrained` or an adapter's `save_pretrained` wrote."
-        )
-    if looks_like_path(str(path_or_id)):
-        raise ArtifactError(
-            f"There is no folder '{path}' (the working directory is '{Path.cwd()}'), so there is no Subspace to read. "
-            "Check the path. The Subspace of a saved adapter or configuration lies beside it, and is found by "
-            "SaeSubspaceConfig.from_pretrained."
-        )
-    return _download(str(path_or_id))
-
-
-def _download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        snapshot = Path(
-            snapshot_download(
-                repository, allow_patterns=[JSON_FILE, TENSOR_FILE, f"subspace/{JSON_FILE}", f"subspace/{TENSOR_FILE}"]
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ArtifactError(
-            f"Subspace {repository!r} is no folder here, and cannot be had from the Hub "
-            f"({type(error).__name__}). Check the path or the repository's name, and the network."
-        ) from error
-    for folder in (snapshot, snapshot / "subspace"):
-        if (folder / JSON_FILE).is_file():
-            return folder
-    raise ArtifactError(f"The Hub repository {repository!r} has no {JSON_FILE}, so it holds no Subspace.")

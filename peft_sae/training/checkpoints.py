@@ -11,8 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..artifact import discard, read_json, replace_file, write_json
+from ..artifact import read_json, write_json
 from ..errors import ArtifactError, ConfigError
+from ..writing import discard, replace_file
 
 logger = logging.getLogger(__name__)
 

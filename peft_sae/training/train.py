@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import check_target, replace_folder
 from ..errors import ConfigError, PeftSaeError
 from ..statistics.records import Data
+from ..writing import check_target, replace_folder
 from .checkpoints import (
     FINAL_FOLDER,
     check_same_job,

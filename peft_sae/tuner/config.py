@@ -5,21 +5,19 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import peft
-from packaging.version import InvalidVersion, Version
 from peft import LoraConfig, PeftType
 
-from ..errors import ArtifactError, ConfigError, PeftSaeError, suggest
+from ..errors import ArtifactError, ConfigError, PeftSaeError
 from ..reading import check_inside
 from ..subspace import Subspace
+from .basis_record import NO_BASIS, SIDES, check_record
 from .card import add_hint
 from .card_section import put_section, subspace_section
-from .field_types import check_lora_types
+from .field_types import check_choice, check_lora_types, refuse_unknown_fields
 
 logger = logging.getLogger(__name__)
 
@@ -29,21 +27,6 @@ SUBSPACE_FOLDER = "subspace"
 BESIDE = "./subspace"
 _LAYER_MAPS = ("nearest", "exact")
 _FILLS = ("orthogonal", "zeros", "error")
-_SIDES = ("read", "write", "none")
-
-# The record of an adapter that has no basis.
-NO_BASIS: dict[str, Any] = {"digest": None, "model": {}, "automatic_r": None, "modules": {}}
-
-# What is recorded of each module, with its type.
-RECORD_ENTRIES: dict[str, Any] = {
-    "side": str,
-    "hook_name": (str, type(None)),
-    "basis": int,
-    "filled": int,
-    "dropped": int,
-    "protected_read": int,
-    "protected_write": int,
-}
 
 
 @dataclass
@@ -141,21 +124,21 @@ class SaeSubspaceConfig(LoraConfig):
             )
         if self.r != "auto" and not _is_rank(self.r):
             raise ConfigError(f"r={self.r!r} is no rank. Give a positive integer or 'auto'.")
-        _check_choice("layer_map", self.layer_map, _LAYER_MAPS)
-        _check_choice("fill", self.fill, _FILLS)
+        check_choice("layer_map", self.layer_map, _LAYER_MAPS)
+        check_choice("fill", self.fill, _FILLS)
         if not isinstance(self.sides, (dict, type(None))):
             raise ConfigError(f"sides={self.sides!r} is no mapping. Give module names with 'read', 'write' or 'none'.")
         patterns = self.rank_pattern if isinstance(self.rank_pattern, dict) else None
         if patterns is None or not all(_is_rank(rank) for rank in patterns.values()):
             raise ConfigError(f"rank_pattern={self.rank_pattern!r} is no mapping of names to positive integers.")
         for module, side in (self.sides or {}).items():
-            _check_choice(f"sides[{module!r}]", side, _SIDES)
+            check_choice(f"sides[{module!r}]", side, SIDES)
         names: Any = self.protect if isinstance(self.protect, list) else None
         if not isinstance(self.protect, bool) and not (names is not None and all(isinstance(n, str) for n in names)):
             raise ConfigError(
                 f"protect={self.protect!r} names no features. Give true, false, or a list of names such as '12:4051'."
             )
-        _check_record(self.basis_record)
+        check_record(self.basis_record)
         self._check_combinations()
 
     @classmethod
@@ -299,59 +282,6 @@ def _is_rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is unknown. Choose one of {', '.join(map(repr, choices))}.")
-
-
-def _check_record(record: Any) -> None:
-    """Refuse a record that injection did not write: it comes from a file, and decides what is frozen."""
-    if record is None:
-        return
-    try:
-        known = set(record) == {"digest", "model", "automatic_r", "modules"}
-        known = known and isinstance(record["digest"], (str, type(None))) and isinstance(record["model"], dict)
-        known = known and isinstance(record["automatic_r"], (int, type(None)))
-        for name, entry in record["modules"].items():
-            known = known and isinstance(name, str) and set(entry) == set(RECORD_ENTRIES) and entry["side"] in _SIDES
-            known = known and all(isinstance(entry[key], kind) for key, kind in RECORD_ENTRIES.items())
-            known = known and all(entry[key] >= 0 for key, kind in RECORD_ENTRIES.items() if kind is int)
-    except (TypeError, KeyError, AttributeError):
-        known = False
-    if not known:
-        raise ConfigError(
-            "basis_record is not what injection writes, so the modules' sides are unknown. Restore the adapter's "
-            "configuration, or set basis_record=None to start a new adapter."
-        )
-
-
-def _refuse_unknown_fields(init: Callable[..., None], known: list[str]) -> Callable[..., None]:
-    """Wrap `__init__` so that a misspelt field is an error.
-
-    PEFT drops unknown entries of a JSON file with a warning, for the sake of files from a newer PEFT. A user's
-    own typo would change the training behind that warning; so only a newer PEFT's files keep that grace.
-    """
-
-    @functools.wraps(init)
-    def checked(self: SaeSubspaceConfig, *args: Any, **kwargs: Any) -> None:
-        unknown = sorted(set(kwargs) - set(known))
-        if unknown and not _is_newer(kwargs.get("peft_version")):
-            hint = suggest(unknown[0], known)
-            raise ConfigError(
-                f"SaeSubspaceConfig has no field {unknown[0]!r}, so its value would be lost.{hint} Remove or rename it."
-            )
-        init(self, *args, **kwargs)
-
-    return checked
-
-
-def _is_newer(peft_version: object) -> bool:
-    try:
-        return isinstance(peft_version, str) and Version(peft_version.split("@")[0]) > Version(peft.__version__)
-    except InvalidVersion:
-        return False
-
-
-SaeSubspaceConfig.__init__ = _refuse_unknown_fields(  # type: ignore[method-assign]
+SaeSubspaceConfig.__init__ = refuse_unknown_fields(  # type: ignore[method-assign]
     SaeSubspaceConfig.__init__, [entry.name for entry in fields(SaeSubspaceConfig) if entry.init]
 )

@@ -1,12 +1,17 @@
-"""Types of a configuration's fields, which a file can hold in any other way."""
+"""What a configuration's fields may be called and hold; a file can have anything else."""
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
-from ..errors import ConfigError
+import peft
+from packaging.version import InvalidVersion, Version
+
+from ..errors import ConfigError, suggest
 from ..reading import MEGATRON
 
 _NAMES = ("target_modules", "exclude_modules")
@@ -43,6 +48,43 @@ def check_lora_types(config: Any) -> None:
         )
     if not _is_number(config.lora_dropout) or not 0 <= config.lora_dropout <= 1:
         raise ConfigError(f"lora_dropout={config.lora_dropout!r} is no probability. Use a number from 0 to 1.")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse a field's value that is none of its choices.
+
+    Raises:
+        ConfigError: it is another one.
+    """
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is unknown. Choose one of {', '.join(map(repr, choices))}.")
+
+
+def refuse_unknown_fields(init: Callable[..., None], known: list[str]) -> Callable[..., None]:
+    """Wrap `__init__` so that a misspelt field is an error.
+
+    PEFT drops unknown entries of a JSON file with a warning, for the sake of files from a newer PEFT. A user's
+    own typo would change the training behind that warning; so only a newer PEFT's files keep that grace.
+    """
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        unknown = sorted(set(kwargs) - set(known))
+        if unknown and not _is_newer(kwargs.get("peft_version")):
+            hint = suggest(unknown[0], known)
+            raise ConfigError(
+                f"SaeSubspaceConfig has no field {unknown[0]!r}, so its value would be lost.{hint} Remove or rename it."
+            )
+        init(self, *args, **kwargs)
+
+    return checked
+
+
+def _is_newer(peft_version: object) -> bool:
+    try:
+        return isinstance(peft_version, str) and Version(peft_version.split("@")[0]) > Version(peft.__version__)
+    except InvalidVersion:
+        return False
 
 
 def _is_number(value: Any) -> bool:

@@ -13,7 +13,8 @@ from peft.utils import transformers_weight_conversion
 from torch import nn
 
 from ..errors import ConfigError
-from .config import NO_BASIS, SaeSubspaceConfig
+from .basis_record import NO_BASIS
+from .config import SaeSubspaceConfig
 from .factors import freeze_factors, holds_basis, protect_factors, write_basis
 from .forward import use_fused_forward
 from .module_plan import ModulePlan

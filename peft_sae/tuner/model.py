@@ -15,7 +15,8 @@ from peft.utils import save_and_load
 from torch import nn
 
 from ..errors import ConfigError
-from .config import NO_BASIS, SaeSubspaceConfig
+from .basis_record import NO_BASIS
+from .config import SaeSubspaceConfig
 from .factors import ProtectedLinear, protected_factors
 from .injection import SubspaceInjection
 from .module_plan import ModulePlan

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from peft.utils.other import get_pattern_key
 
-from .config import RECORD_ENTRIES, SaeSubspaceConfig
+from .basis_record import RECORD_ENTRIES
+from .config import SaeSubspaceConfig
 
 
 @dataclass(frozen=True)

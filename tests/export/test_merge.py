@@ -502,7 +502,7 @@ def test_a_disk_that_fills_up_in_the_midst_of_it_leaves_nothing(tmp_path, monkey
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
 def test_an_output_that_cannot_be_written_is_told(number, tmp_path, monkeypatch):
     """As root every folder can be written, so the system's answer is put in its place."""
-    from peft_sae import artifact
+    from peft_sae import writing
 
     def refuse(target):
         raise OSError(number, os.strerror(number), str(target))
@@ -510,7 +510,7 @@ def test_an_output_that_cannot_be_written_is_told(number, tmp_path, monkeypatch)
     model = make_model()
     base = save_base(model, tmp_path / "base")
     adapter = lora(model, tmp_path / "adapter")
-    monkeypatch.setattr(artifact, "scratch_folder", refuse)
+    monkeypatch.setattr(writing, "scratch_folder", refuse)
 
     with pytest.raises(ArtifactError, match=rf"Cannot write beside .*{os.strerror(number)}.*Give a writable folder"):
         merge_checkpoint(base, adapter, tmp_path / "merged")
