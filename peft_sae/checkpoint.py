@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from .artifact import looks_like_path
 from .errors import ArtifactError, ConfigError
+from .reading import parse_json, read_text
 
 CONFIG_NAME = "config.json"
 _INDEX = "model.safetensors.index.json"
@@ -138,7 +138,7 @@ def tensor_files(base: str | Path) -> dict[str, Path]:
     index = _find(base, _INDEX)
     try:
         if index is not None:
-            entries = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            entries = parse_json(read_text(index))["weight_map"]
             names = {str(file) for file in entries.values()}
             if any(Path(name).name != name for name in names):
                 raise ArtifactError(f"'{index}' names files outside its folder. Get the checkpoint again.")

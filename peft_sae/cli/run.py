@@ -15,6 +15,8 @@ import typer
 
 from ..errors import ConfigError, suggest
 
+_INTERRUPTED = 130  # what shells give a program that SIGINT has ended
+
 
 def run(
     arguments: Annotated[
@@ -87,10 +89,10 @@ def run_script(arguments: Sequence[str]) -> None:
             runpy.run_path(rest[0], run_name="__main__")
         else:
             _run_file(os.path.abspath(rest[0]))
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
         error = error.with_traceback(_beyond_this_file(error.__traceback__))
         sys.excepthook(type(error), error, error.__traceback__)
-        sys.exit(1)
+        sys.exit(_INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1)
 
 
 def _run_file(path: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..checkpoint import CONFIG_NAME
 from ..errors import ArtifactError
+from ..reading import check_inside
 
 logger = logging.getLogger(__name__)
 
@@ -42,15 +43,20 @@ def copy_companions(base: Path, folder: Path, changes: Mapping[str, Any]) -> Non
         base: folder of the base model.
         folder: where they go.
         changes: of the configuration, for the text part if it has one.
+
+    Raises:
+        ArtifactError: one is a link that leads out of the base's folder, or far too large.
     """
     for path in sorted(base.iterdir()):
         known = path.suffix in _SUFFIXES or path.name.upper().startswith(("LICENSE", "NOTICE", "USE_POLICY"))
         if known and path.is_file() and not path.name.endswith(".index.json") and path.name not in _NOT_COMPANIONS:
+            check_inside(path, base)  # what is copied may be published
             _copy(path, folder / path.name)
     templates = base / _TEMPLATES
     if templates.is_dir() and not templates.is_symlink():
         (folder / _TEMPLATES).mkdir()
         for path in sorted(templates.glob("*.jinja")):
+            check_inside(path, base)
             _copy(path, folder / _TEMPLATES / path.name)
     if changes:
         change_config(folder / CONFIG_NAME, changes)

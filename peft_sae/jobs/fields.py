@@ -14,6 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from ..errors import ConfigError, suggest
 
 _DEEPEST = 100  # brackets
+_MOST_VALUES = 100_000  # of a file; names for parts of it (YAML's aliases) can make a short one endless
 
 
 def read_fields(kind: type[Any], path: str | Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,6 +102,7 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         if _depth(text) > _DEEPEST:  # which the parser would walk through again and again
             raise ValueError(f"it is nested more than {_DEEPEST} deep")
         data = yaml.safe_load(text)
+        _check_size(data)
     except OSError as error:
         raise ConfigError(f"'{path}' cannot be opened ({error.strerror}). Give the path of a job file.") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -116,6 +118,17 @@ def _depth(text: str) -> int:
         depth += (character in "[{") - (character in "]}")
         deepest = max(deepest, depth)
     return deepest
+
+
+def _check_size(data: Any) -> None:
+    """Refuse what no job needs, before anything walks through it."""
+    left, found = [data], 0
+    while left:
+        value = left.pop()
+        found += 1
+        if found > _MOST_VALUES:
+            raise ValueError(f"it has more than {_MOST_VALUES:,} values, counting each alias in full")
+        left += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
 
 
 def _wanted(hint: Any) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..artifact import looks_like_path
 from ..errors import ArtifactError
+from ..reading import check_inside
 
 JSON_FILE = "subspace.json"
 TENSOR_FILE = "subspace.safetensors"
@@ -24,7 +25,11 @@ def find_folder(path_or_id: str | Path) -> Path:
     try:
         for folder in (path, path / "subspace"):
             if (folder / JSON_FILE).is_file():
+                for name in (JSON_FILE, TENSOR_FILE):
+                    check_inside(folder / name, path)
                 return folder
+    except ArtifactError:
+        raise
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{str(path)[:80]!r} is no path to a Subspace ({error}). Check it.") from error
     if path.exists():

@@ -26,6 +26,7 @@ SUBSPACE_FOLDER = "subspace"
 # What stands in a saved configuration for the folder beside it. The Hub has no such name.
 BESIDE = "./subspace"
 _LAYER_MAPS = ("nearest", "exact")
+_LARGEST_RANK = 2**16  # few layers are that wide, and memory is taken for as much as a file says
 _FILLS = ("orthogonal", "zeros", "error")
 
 
@@ -123,14 +124,16 @@ class SaeSubspaceConfig(LoraConfig):
                 "path, or a Hub id."
             )
         if self.r != "auto" and not _is_rank(self.r):
-            raise ConfigError(f"r={self.r!r} is no rank. Give a positive integer or 'auto'.")
+            raise ConfigError(f"r={self.r!r} is no rank. Give an integer from 1 to {_LARGEST_RANK}, or 'auto'.")
         check_choice("layer_map", self.layer_map, _LAYER_MAPS)
         check_choice("fill", self.fill, _FILLS)
         if not isinstance(self.sides, (dict, type(None))):
             raise ConfigError(f"sides={self.sides!r} is no mapping. Give module names with 'read', 'write' or 'none'.")
         patterns = self.rank_pattern if isinstance(self.rank_pattern, dict) else None
         if patterns is None or not all(_is_rank(rank) for rank in patterns.values()):
-            raise ConfigError(f"rank_pattern={self.rank_pattern!r} is no mapping of names to positive integers.")
+            raise ConfigError(
+                f"rank_pattern={self.rank_pattern!r} is no mapping of names to integers from 1 to {_LARGEST_RANK}."
+            )
         for module, side in (self.sides or {}).items():
             check_choice(f"sides[{module!r}]", side, SIDES)
         names: Any = self.protect if isinstance(self.protect, list) else None
@@ -279,7 +282,7 @@ class SaeSubspaceConfig(LoraConfig):
 
 
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _LARGEST_RANK
 
 
 SaeSubspaceConfig.__init__ = refuse_unknown_fields(  # type: ignore[method-assign]

@@ -13,6 +13,7 @@ from ..subspace import Subspace
 from .config import SaeSubspaceConfig
 from .module_plan import ModulePlan, asked_rank
 from .planner import Planner
+from .sites import width_of
 
 _MODEL_ENTRIES = ("model_type", "hidden_size", "num_hidden_layers")
 
@@ -48,7 +49,9 @@ def make_plan(
     _check_model(model, record["model"] if subspace is None else subspace.model)
     if subspace is not None:
         return InjectionPlan(subspace, Planner(config, model, subspace).plan(list(targets)))
-    return InjectionPlan(None, {name: _from_record(config, name, record["modules"].get(name)) for name in targets})
+    return InjectionPlan(
+        None, {name: _from_record(config, model, name, record["modules"].get(name)) for name in targets}
+    )
 
 
 def describe_model(subspace: Subspace) -> dict[str, Any]:
@@ -70,13 +73,20 @@ def _check_model(model: nn.Module, expected: Mapping[str, Any]) -> None:
             )
 
 
-def _from_record(config: SaeSubspaceConfig, name: str, entry: Mapping[str, Any] | None) -> ModulePlan:
+def _from_record(config: SaeSubspaceConfig, model: nn.Module, name: str, entry: Mapping[str, Any] | None) -> ModulePlan:
     rank = asked_rank(config, name)
     if rank is None:
         raise ConfigError(
             "r='auto' needs the Subspace that the ranks come from, and it is not there. Give it or a number."
         )
-    if config.freeze_basis and (entry is None or entry["side"] == "none"):
+    side = "none" if entry is None else entry["side"]
+    width = None if side == "none" else width_of(model.get_submodule(name), side)
+    if width is not None and rank > width:
+        raise ConfigError(
+            f"r={rank} exceeds the {width} dimensions that {name!r} {side}s, so no basis had so many directions. "
+            "Restore the adapter's configuration."
+        )
+    if config.freeze_basis and side == "none":
         raise ConfigError(
             f"freeze_basis=True, and basis_record says nothing of the basis of {name!r}, so nothing in it would be "
             "frozen. Restore the adapter's configuration."

@@ -69,8 +69,11 @@ if __name__ == "__main__":
 """
 
 ECHO = """
+import signal
 import sys
 print(__name__, __file__, sys.argv, sys.path[0])
+if "--interrupt" in sys.argv:
+    signal.raise_signal(signal.SIGINT)
 if "--fail" in sys.argv:
     raise KeyError("of the script")
 sys.exit(7 if "--code" in sys.argv else None)
@@ -157,6 +160,9 @@ def test_a_script_is_run_as_python_runs_it(world):
     assert "'--help', '-m', 'x'" in wanted.stdout
 
     assert start(world, "scripts/echo.py", "--code").returncode == 7
+    stopped = start(world, "scripts/echo.py", "--interrupt")
+    assert stopped.returncode == 130
+    assert stopped.stderr.rstrip().endswith("KeyboardInterrupt")
     failed, plain = start(world, "scripts/echo.py", "--fail"), start(world, "scripts/echo.py", "--fail", program=())
     assert failed.returncode == plain.returncode == 1
     # Optional packages may have something to say on import, before the script begins.

@@ -365,6 +365,12 @@ def damage_base(base, what):
     save_file(tensors, path, metadata={"format": "pt"})
     if what == "truncated":
         path.write_bytes(path.read_bytes()[:-10])
+    elif what == "deep index":
+        path.rename(base / "model-00001-of-00001.safetensors")
+        (base / "model.safetensors.index.json").write_text('{"weight_map": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    elif what == "link":
+        (base.parent / "secret").write_text("of the machine")
+        (base / "LICENSE").symlink_to(base.parent / "secret")
     elif what == "quantised":
         config = json.loads((base / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
@@ -379,6 +385,8 @@ def damage_base(base, what):
         ("nan", ArtifactError, "NaN or infinity"),
         ("two names", ArtifactError, "both stand for .*--in-memory"),
         ("truncated", ArtifactError, "cannot be read"),
+        ("deep index", ArtifactError, "nested too deeply"),
+        ("link", ArtifactError, "LICENSE' is a link that leads out of .*Put the file itself there"),
         ("quantised", ConfigError, "is quantised .gptq.*--in-memory"),
     ],
 )

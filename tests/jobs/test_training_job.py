@@ -63,6 +63,23 @@ def test_every_mistake_is_named_at_once(tmp_path):
         assert sum(key in line for line in told[1:]) == 1, key
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a0: &a0 [x, x]\n" + "".join(f"a{n + 1}: &a{n + 1} [*a{n}, *a{n}]\n" for n in range(40)), "100,000 values"),
+        ("select: &a {saes: *a}\n", "100,000 values"),
+        ("adapter: " + "[" * 200 + "]" * 200, "nested more than 100 deep"),
+        ("adapter: {1: 2, null: 3, r: 4}\ntraining: {1: 2}\nselect: {1: 2}\n", "has no field 1,"),
+        ("? [1, 2]\n: 3\n", "cannot be read as YAML|unknown key"),
+        ("1: 2\n", "unknown key '1'"),
+    ],
+)
+def test_no_file_takes_forever_or_breaks_the_check(tmp_path, text, message):
+    (tmp_path / "job.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_job(tmp_path / "job.yaml")
+
+
 def test_numbers_as_people_write_them(tmp_path):
     (tmp_path / "job.yaml").write_text(
         "{model: a, data: b, subspace: c, output: d, training: {learning_rate: 2e-4, optim: adamw_torch}}"

@@ -210,6 +210,16 @@ def test_weight_is_the_share_of_a_direction_in_the_basis(subspace):
         torch.testing.assert_close(torch.tensor(weights), expected, rtol=0, atol=1e-5)
 
 
+def test_a_folder_reads_nothing_from_outside(subspace, tmp_path):
+    subspace.save_pretrained(tmp_path / "elsewhere")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "subspace").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match=r"subspace\.json' is a link that leads out of .*adapter'"):
+        Subspace.from_pretrained(tmp_path / "adapter")
+    (tmp_path / "name").symlink_to(tmp_path / "elsewhere")  # what somebody names may be anywhere
+    assert Subspace.from_pretrained(tmp_path / "name").digest == subspace.digest
+
+
 def test_table_links_to_neuronpedia(llama, tokenizer):
     saes = load_saes(make_sae(neuronpedia_id="my-model/1-res"))
     built = build_subspace(llama, tokenizer, saes=saes, aligned=ALIGNED, unaligned=UNALIGNED, top_k=2, progress=False)

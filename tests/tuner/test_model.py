@@ -294,6 +294,16 @@ def test_training_goes_on_after_loading_with_the_same_factors_frozen(tmp_path):
     torch.testing.assert_close(logits(loaded), logits(adapted))
 
 
+def test_no_memory_is_taken_for_ranks_that_no_module_can_have(tmp_path):
+    adapt(make_model()).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "r": 60_000, "rank_pattern": {}}))
+
+    with pytest.raises(ConfigError, match=r"r=60000 exceeds the \d+ dimensions that .* no basis had so many"):
+        PeftModel.from_pretrained(make_model(), tmp_path)
+
+
 def test_loading_for_training_without_the_subspace_warns_and_still_freezes(tmp_path):
     adapted = adapt(make_model(), freeze_basis=True)
     adapted.save_pretrained(tmp_path)
