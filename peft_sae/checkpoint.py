@@ -7,7 +7,7 @@ from typing import Any
 
 from .artifact import looks_like_path
 from .errors import ArtifactError, ConfigError
-from .reading import parse_json, read_text
+from .reading import check_inside, parse_json, read_text
 
 CONFIG_NAME = "config.json"
 _INDEX = "model.safetensors.index.json"
@@ -131,7 +131,7 @@ def tensor_files(base: str | Path) -> dict[str, Path]:
         base: folder, or Hub id whose files are in the local cache.
 
     Raises:
-        ArtifactError: it has no weights in safetensors, or some of its files are missing or damaged.
+        ArtifactError: it has no weights in safetensors, or some of its files are missing, damaged, or links elsewhere.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -164,7 +164,10 @@ def tensor_files(base: str | Path) -> dict[str, Path]:
 def _find(base: str | Path, name: str) -> Path | None:
     folder = Path(base)
     if folder.is_dir():
-        return folder / name if (folder / name).is_file() else None
+        if not (folder / name).is_file():
+            return None
+        check_inside(folder / name, folder)
+        return folder / name
     from transformers.utils import cached_file
 
     try:

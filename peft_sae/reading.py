@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from .errors import ArtifactError
 
 LARGEST_JSON = 2**28  # bytes; the largest that is written has some millions
 MEGATRON = "megatron.core"  # what PEFT imports for LoRA's `megatron_core`, which may be any module's name
+_DIGEST = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _DEEPEST = 64  # levels of nesting; what is written has fewer than ten
 
 
@@ -70,9 +72,11 @@ def check_inside(path: Path, root: Path) -> None:
 
 
 def stays_inside(path: Path, root: Path) -> bool:
-    """Return whether a path in a folder lies there, once its links are followed.
+    """Return whether a path in a folder lies there, or in the Hub's cache, once its links are followed.
 
-    The Hub's cache keeps the files of a snapshot beside all snapshots of the repository, or beside all repositories.
+    The Hub's cache keeps files under names that are digests of their contents, beside all snapshots of the repository,
+    or beside all repositories; older versions of its library also filled other folders with links to it. Whoever can
+    name such a file knows what is in it.
     """
     try:
         place, root = path.resolve(), root.resolve()
@@ -80,7 +84,8 @@ def stays_inside(path: Path, root: Path) -> bool:
         return False
     repositories = [folder.parent.parent for folder in (root, *root.parents) if folder.parent.name == "snapshots"]
     stores = [home / "blobs" for repository in repositories for home in (repository, repository.parent)]
-    return place.is_relative_to(root) or any(place.is_relative_to(store) for store in stores)
+    cached = _DIGEST.fullmatch(place.name) is not None and place.parent.name == "blobs"
+    return cached or place.is_relative_to(root) or any(place.is_relative_to(store) for store in stores)
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from ..artifact import digest
 from ..errors import ArtifactError, ConfigError
 from ..subspace import Subspace
 from ..tuner import SaeSubspaceConfig
+from ..tuner.field_types import check_lora_types
 from .update import LowRankUpdate
 
 _PREFIX = "base_model.model."
@@ -65,6 +66,7 @@ def source_of_folder(adapter: str | Path) -> AdapterSource:
     weights = read_adapter_weights(folder)
     try:
         config = PeftConfig.from_pretrained(str(folder))
+        check_lora_types(config)
     except (TypeError, ValueError, KeyError, OSError) as error:
         if isinstance(error, (ConfigError, ArtifactError)):
             raise
@@ -129,7 +131,7 @@ def source_of_model(model: PeftModel, adapter_name: str | None = None) -> Adapte
             left_out[f"{module_name}.lora_B.bias"] = _BIAS
         if name in module.lora_A:
             a, b = (factors[name].weight.detach() for factors in (module.lora_A, module.lora_B))
-            reason = _why_left_out(a, b)
+            reason = None if a.ndim == b.ndim == 2 else _CONVOLUTION
             if not (bool(torch.isfinite(a).all()) and bool(torch.isfinite(b).all())):
                 raise ConfigError(
                     f"The factors of {module_name!r} hold NaN or infinity, so there is nothing to measure: the "
@@ -147,6 +149,7 @@ def source_of_model(model: PeftModel, adapter_name: str | None = None) -> Adapte
     return AdapterSource(name, config, tuple(updates), subspace, digest(factors), left_out)
 
 
+_CONVOLUTION = "a convolution: its update is no matrix"
 _EMBEDDING = "an embedding reads token ids, not activations"
 _MAGNITUDE = "DoRA's magnitudes rescale the whole weight; measured is the low-rank part"
 _BIAS = "a bias writes whatever is read"
@@ -179,11 +182,11 @@ def _updates_of_tensors(
             raise ArtifactError(
                 f"'{folder}' has only one of the two factors of {name!r}, so its update is not known. Save it again."
             )
-        reason = _why_left_out(pair["A"], pair["B"])
-        if reason is not None:
-            left_out[name] = reason
+        dimensions = {factor.ndim for factor in pair.values()}
+        if dimensions <= {3, 4, 5}:
+            left_out[name] = _CONVOLUTION
             continue
-        if pair["A"].shape[0] != pair["B"].shape[1]:
+        if dimensions != {2} or pair["A"].shape[0] != pair["B"].shape[1]:
             raise ArtifactError(
                 f"'{folder}' has factors of {name!r} of the shapes {tuple(pair['A'].shape)} and "
                 f"{tuple(pair['B'].shape)}, which do not belong together. Save it again."
@@ -193,12 +196,6 @@ def _updates_of_tensors(
             raise ArtifactError(f"'{folder}' has factors of {name!r} that are empty or beyond measure. Save it again.")
         updates.append(LowRankUpdate(name, a, b, _scaling(config, name, int(a.shape[0]))))
     return tuple(updates), left_out
-
-
-def _why_left_out(a: torch.Tensor, b: torch.Tensor) -> str | None:
-    if a.ndim != 2 or b.ndim != 2:
-        return "a convolution: its update is no matrix"
-    return None
 
 
 def _scaling(config: Any, name: str, rank: int) -> float:

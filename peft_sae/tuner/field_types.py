@@ -14,14 +14,14 @@ from packaging.version import InvalidVersion, Version
 from ..errors import ConfigError, suggest
 from ..reading import MEGATRON
 
-_NAMES = ("target_modules", "exclude_modules")
+_NAMES = ("target_modules", "exclude_modules", "target_parameters", "modules_to_save")
 
 
 def check_lora_types(config: Any) -> None:
     """Check the types of flags, names and numbers, which LoRA takes as they come.
 
     Args:
-        config: a `SaeSubspaceConfig`.
+        config: a `LoraConfig`, ours included.
 
     Raises:
         ConfigError: a field is of a type that would mean something else later on, or nothing.

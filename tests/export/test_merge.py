@@ -403,6 +403,29 @@ def test_a_base_that_cannot_be_merged_is_refused_and_nothing_is_left(what, error
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
+def test_a_folder_of_links_to_the_hubs_cache_is_a_base(tmp_path):
+    model = make_model()
+    real = save_base(model, tmp_path / "real", max_shard_size="30KB")
+    adapter, base, blobs = lora(model, tmp_path / "adapter"), tmp_path / "base", tmp_path / "models--a--b" / "blobs"
+    base.mkdir()
+    blobs.mkdir(parents=True)
+    for number, path in enumerate(sorted(real.iterdir())):
+        blob = blobs / f"{number:064x}"
+        blob.write_bytes(path.read_bytes())
+        (base / path.name).symlink_to(blob)
+
+    wanted = read_folder(merge_checkpoint(real, adapter, tmp_path / "wanted"))
+    merged = read_folder(merge_checkpoint(base, adapter, tmp_path / "merged"))
+
+    assert all(torch.equal(merged[key], tensor) for key, tensor in wanted.items())
+    assert not any(path.is_symlink() for path in (tmp_path / "merged").iterdir())
+    shard = sorted(base.glob("*.safetensors"))[1]
+    shard.unlink()
+    shard.symlink_to(real / shard.name)
+    with pytest.raises(ArtifactError, match=f"{shard.name}' is a link that leads out of"):
+        merge_checkpoint(base, adapter, tmp_path / "again")
+
+
 def test_a_missing_shard_is_named(tmp_path):
     model = make_model()
     base = save_base(model, tmp_path / "base", max_shard_size="30KB")

@@ -30,6 +30,9 @@ EXAMPLES = {
     "selection": 150,
     "export": 120,
     "merge": 60,
+    "inspect": 150,
+    "edit": 120,
+    "load": 100,
 }
 KINDS = {".json": "json", ".yaml": "json", ".safetensors": "tensors", ".state": "state"}
 TIMES = int(os.environ.get("FUZZ_TIMES", "1"))

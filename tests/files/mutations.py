@@ -185,7 +185,7 @@ def _rebuilt(tensors, metadata) -> bytes:
 def changed_tensors(draw, original: bytes, absolute=None):
     """Safetensors with other values, names, shapes or dtypes, or a header that lies; with JSON if a path is given."""
     header, data = parse(original)
-    metadata = header.pop("__metadata__", None)
+    known = metadata = header.pop("__metadata__", None)
     tensors = {
         name: (entry["dtype"], entry["shape"], data[slice(*entry["data_offsets"])]) for name, entry in header.items()
     }
@@ -220,9 +220,9 @@ def changed_tensors(draw, original: bytes, absolute=None):
                 count = len(content) // _DTYPES[dtype]
                 size = count * _DTYPES[new]
                 tensors[name] = (new, shape, (content * 8)[:size])
-            case "metadata" if metadata and absolute and draw(st.integers(0, 9)):
-                key = draw(st.sampled_from(sorted(metadata)))
-                note, changed = draw(changed_json(metadata[key].encode(), absolute))
+            case "metadata" if known and absolute and draw(st.integers(0, 9)):
+                key = draw(st.sampled_from(sorted(known)))
+                note, changed = draw(changed_json(known[key].encode(), absolute))
                 metadata = {key: changed.decode()}
                 told.append(note)
             case "metadata":

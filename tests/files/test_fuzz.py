@@ -1,5 +1,6 @@
 """Thousands of changed files: each is refused with one of our errors, or gives a right load."""
 
+import copy
 import json
 import math
 import shutil
@@ -7,11 +8,15 @@ import shutil
 import pytest
 import torch
 import yaml
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 
 from peft_sae import FeatureStatistics, SaeSubspaceConfig, Subspace, export_lora, merge_checkpoint
 from peft_sae.adapter import read_edits
 from peft_sae.artifact import digest
+from peft_sae.edit import edit_adapter
 from peft_sae.edit.record import edits_section
+from peft_sae.inspect import inspect_adapter
 from peft_sae.jobs import read_job
 from peft_sae.jobs.selection import read_selection
 from peft_sae.statistics import Measures
@@ -113,9 +118,9 @@ def trained(tmp_path_factory):
     return make_adapter(tmp_path_factory.mktemp("trained"))
 
 
-def copied(trained, tmp_path, *names):
+def copied(trained, tmp_path, *names, **options):
     shutil.copytree(trained / "adapter", tmp_path / "artefact")
-    return Artefact(tmp_path, names)
+    return Artefact(tmp_path, names, **options)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, about fields that it ignores
@@ -190,6 +195,98 @@ def test_adapters_that_are_exported(trained, tmp_path, monkeypatch):
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
 
 
+SUBSPACE = ("subspace/subspace.json", "subspace/subspace.safetensors")
+
+
+def make_all(trained, tmp_path, **options):
+    """An adapter with its Subspace, whose digest is made to fit."""
+    return copied(trained, tmp_path, *ADAPTER, *SUBSPACE, sign=sign_folder(*SUBSPACE), **options)
+
+
+def products(content):
+    """Norms of B A by module, in float64, from an adapter's file."""
+    tensors = {key: tensor.double() for key, tensor in oracles.read_tensors(content).items()}
+    ends = (".lora_A.weight", ".lora_B.weight")
+    modules = {
+        key.removesuffix(ends[0]) for key, tensor in tensors.items() if key.endswith(ends[0]) and tensor.ndim == 2
+    }
+    return {
+        module.removeprefix("base_model.model."): float((tensors[module + ends[1]] @ tensors[module + ends[0]]).norm())
+        for module in modules
+    }
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, about fields that it ignores
+def test_adapters_that_are_inspected(trained, tmp_path, monkeypatch):
+    artefact = make_all(trained, tmp_path)
+
+    def load(folder):
+        return inspect_adapter(folder, trained / "base", progress=False)
+
+    def check(found, name, change):
+        norms = products((artefact.folder / ADAPTER[0]).read_bytes())
+        defaults = {"lora_alpha": 8, "r": 8, "alpha_pattern": None, "rank_pattern": None, "use_rslora": False}
+        config = defaults | oracles.read_json(artefact.folder / ADAPTER[1])
+        for row in found.modules.itertuples():
+            patterns = [
+                (key, config[f"{what}_pattern"] or {}) for key, what in (("lora_alpha", "alpha"), ("r", "rank"))
+            ]
+            alpha, rank = (
+                next((value for end, value in pattern.items() if f".{row.module}".endswith(f".{end}")), config[key])
+                for key, pattern in patterns
+            )
+            scaling = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
+            assert math.isclose(row.norm, abs(scaling) * norms.pop(row.module), rel_tol=1e-4, abs_tol=1e-9), row
+            for share in (row.in_basis, row.in_random, row.chance):
+                assert share is None or math.isnan(share) or -1e-6 <= share <= 1 + 1e-6
+        assert not norms
+        assert found.features["share"].dropna().between(0, 1 + 1e-6).all()
+        found.save(tmp_path / "report.html")
+
+    fuzz("inspect", artefact, load, check, monkeypatch)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_adapters_that_are_edited(trained, tmp_path, monkeypatch):
+    artefact = make_all(trained, tmp_path)
+
+    def load(folder):
+        shutil.rmtree(tmp_path / "edited", ignore_errors=True)
+        return edit_adapter(folder, tmp_path / "edited", remove=["blocks.1.hook_resid_pre:1"], model=trained / "base")
+
+    def check(found, name, change):
+        """What is removed is projected out, so no update grows; everything else comes along."""
+        before, after = (products((folder / ADAPTER[0]).read_bytes()) for folder in (artefact.folder, found))
+        assert before.keys() == after.keys()
+        assert all(after[module] <= before[module] * (1 + 1e-5) for module in before)
+        assert read_edits(found)[-1]["features"][0]["name"] == "blocks.1.hook_resid_pre:1"
+        assert not any(path.is_symlink() for path in found.rglob("*"))
+
+    fuzz("edit", artefact, load, check, monkeypatch)
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:Unexpected keyword arguments:UserWarning")
+def test_adapters_that_are_loaded(trained, tmp_path, monkeypatch):
+    # PEFT looks for the type before us, wherever a link leads, and waits for a pipe.
+    artefact = make_all(trained, tmp_path, usual=("fifo", "link"))
+    base = make_model(num_hidden_layers=2)
+
+    def load(folder):
+        return PeftModel.from_pretrained(copy.deepcopy(base), folder)
+
+    def check(found, name, change):
+        given = oracles.read_tensors((artefact.folder / ADAPTER[0]).read_bytes())
+        loaded = get_peft_model_state_dict(found, save_embedding_layers=False)
+        assert loaded.keys() == given.keys()
+        for key in given:
+            torch.testing.assert_close(loaded[key], given[key].to(loaded[key].dtype), rtol=0, atol=0, equal_nan=True)
+
+    # It opens the weights, too, and tells of missing ones by a warning, of shapes by a RuntimeError.
+    foreign = (RuntimeError, Warning, SafetensorError, ValueError, TypeError, KeyError, OSError)
+    fuzz("load", artefact, load, check, monkeypatch, foreign=foreign)
+
+
 def test_bases_and_adapters_that_are_merged(trained, tmp_path, monkeypatch):
     shutil.copytree(trained, tmp_path / "artefact")
     shards = sorted(path.name for path in (trained / "base").glob("*.safetensors"))
@@ -210,7 +307,7 @@ def test_bases_and_adapters_that_are_merged(trained, tmp_path, monkeypatch):
         for key, tensor in written.items():
             assert tensor.shape == base[key].shape, key
             if not key.endswith(("q_proj.weight", "o_proj.weight")):
-                assert torch.equal(tensor, base[key]), key
+                torch.testing.assert_close(tensor, base[key], rtol=0, atol=0, equal_nan=True)
 
     fuzz("merge", artefact, load, check, monkeypatch)
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())

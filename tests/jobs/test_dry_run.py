@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import get_peft_model
 
 from peft_sae.errors import ArtifactError, ConfigError
@@ -79,6 +81,8 @@ def test_fake_tensors_count_what_a_real_forward_pass_keeps(family, checkpointing
         config = SaeSubspaceConfig(subspace=make_subspace(model), r=4, target_modules=modules, **fields)
         return get_peft_model(model, config).train()
 
+    if family == "opt" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("before transformers 5.23, OPT's forward pass asks for values, which fake tensors do not have")
     ids, padded = torch.zeros(2, 7, dtype=torch.long), torch.tensor([[1] * 7, [1] * 4 + [0] * 3])
     real = saved_bytes(adapted(), ids, padded, checkpointing=checkpointing)
     model = adapted()
