@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import torch
@@ -206,3 +207,18 @@ def make_subspace(model, ranks=None, *, seed=0, features=None, protected=None):
     }
     settings = {"selector": "by hand"}
     return Subspace(tuple(sites), find_layout(model), description, settings, protected=tuple(guards))
+
+
+def write_world(folder):
+    """Write a base model, two SAEs and texts into a folder, as a user has them."""
+    make_model().save_pretrained(folder / "base")
+    make_tokenizer().save_pretrained(folder / "base")
+    for block in (0, 2):
+        hook = f"blocks.{block}.hook_resid_post"
+        make_sae(hook, seed=block).save_model(folder / "saes" / hook)
+    preferences = [
+        {"prompt": one["prompt"], "chosen": one["completion"], "rejected": other["completion"]}
+        for one, other in zip(ALIGNED, UNALIGNED, strict=True)
+    ]
+    for name, records in (("aligned", ALIGNED), ("unaligned", UNALIGNED), ("preferences", preferences)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from peft_sae import FeatureStatistics, Subspace
-from tests.tiny import ALIGNED, UNALIGNED, make_model, make_sae, make_tokenizer
+from tests.tiny import write_world
 
 COMMANDS = ["demo", "select", "train", "inspect", "edit", "merge", "export-lora", "run"]
 
@@ -20,13 +20,7 @@ def run(command):
 @pytest.fixture
 def world(tmp_path, monkeypatch):
     """A folder with a base model, two SAEs and two sets of text, as a user has them."""
-    make_model().save_pretrained(tmp_path / "base")
-    make_tokenizer().save_pretrained(tmp_path / "base")
-    for block in (0, 2):
-        hook = f"blocks.{block}.hook_resid_post"
-        make_sae(hook, seed=block).save_model(tmp_path / "saes" / hook)
-    for name, records in (("aligned", ALIGNED), ("unaligned", UNALIGNED)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_world(tmp_path)
     job = {
         "model": "base",
         "data": "aligned.jsonl",
