@@ -32,7 +32,7 @@ _CHOOSING = (
     *("protect", "protect_contrast", "protect_top_k", "protect_max_q"),
 )
 _TEXTS = ("aligned", "unaligned", "preferences", "retain", "protect_contrast")
-_CHUNK = 1 << 20
+_LONGEST_READ = 2**28  # bytes; of larger files size and time must do
 
 
 class Request:
@@ -159,8 +159,10 @@ def _digest(source: Any) -> str | None:
     place, content = Path(source), hashlib.sha256()
     for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
         if path.is_file():
-            content.update(f"{path.relative_to(place)}\0{path.stat().st_size}\0".encode())
-            with path.open("rb") as file:
-                while chunk := file.read(_CHUNK):
-                    content.update(chunk)
+            found = path.stat()
+            content.update(f"{path.relative_to(place)}\0{found.st_size}\0".encode(errors="surrogateescape"))
+            if found.st_size > _LONGEST_READ:
+                content.update(str(found.st_mtime_ns).encode())
+            else:
+                content.update(path.read_bytes())
     return content.hexdigest()

@@ -1,6 +1,7 @@
 """Whole jobs on a tiny model: from the selection to the merged checkpoint, also when they are stopped midway."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -257,3 +258,16 @@ def test_what_cannot_be_done_is_told_and_leaves_no_adapter(world, changes, error
 def test_statistics_that_are_asked_for_stay(world):
     run(select={**SELECT, "statistics": "kept"})
     assert FeatureStatistics.from_pretrained("kept").saes
+
+
+def test_large_files_are_told_apart_by_size_and_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(request, "_LONGEST_READ", 3)
+    (tmp_path / "set").mkdir()
+    path = tmp_path / "set" / "data.arrow"
+    found = set()
+    for content, time in ((b"aaaa", 1), (b"aaaa", 2), (b"aaaaa", 2), (b"aaa", 2), (b"bbb", 2), (b"bbb", 3)):
+        path.write_bytes(content)
+        os.utime(path, (time, time))
+        found.add(request._digest(str(tmp_path / "set")))
+    assert len(found) == 5  # the last two are read, and are the same
+    assert request._digest("someone/set") is request._digest({"path": "someone/set"}) is None
