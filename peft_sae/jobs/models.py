@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ..checkpoint import open_base
 from ..errors import ConfigError
 
 
@@ -18,7 +19,7 @@ def load_model(
     attn_implementation: str | None = None,
     bits: int | None = None,
 ) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer.
+    """Load a causal language model, from safetensors, and its tokenizer.
 
     Args:
         name: folder or Hub id.
@@ -28,18 +29,21 @@ def load_model(
         bits: 4 (NF4, double quantisation) or 8 to quantise it with bitsandbytes; None for its own dtype.
 
     Raises:
-        ConfigError: there is no such model, or it cannot be loaded in this way.
+        ConfigError: it cannot be loaded in this way.
+        ArtifactError: there is no such model, or its configuration names code to run.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    options: dict[str, Any] = {"dtype": dtype or "auto", "device_map": device}
+    config, _ = open_base(name)
+    options: dict[str, Any] = {"dtype": dtype or "auto", "device_map": device, "config": config}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
     if bits is not None:
         options["quantization_config"] = _quantisation(bits, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, **options)
-        return model, AutoTokenizer.from_pretrained(name)
+        # Weights that are not in safetensors would be unpickled.
+        model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, use_safetensors=True, **options)
+        return model, AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, AttributeError, ImportError, SafetensorError) as error:
         raise ConfigError(f"The model '{name}' cannot be loaded ({error}). Check the path or the id.") from error
 

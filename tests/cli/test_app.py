@@ -118,7 +118,7 @@ def test_help_shows_an_example(run, name):
         ((*SELECT, "--control", "sae"), 1, "ConfigError: Key 'control' in the command is 'sae', and 'random' or"),
         ((*SELECT, "--variance", "0"), 1, "ConfigError: variance=0.0 is no share"),
         ((*SELECT, "--layer", "7"), 1, "ConfigError: No SAE belongs to the layers [7]"),
-        ((*SELECT, "--model", "nowhere"), 1, "ConfigError: The model 'nowhere' cannot be loaded"),
+        ((*SELECT, "--model", "nowhere"), 1, "ArtifactError: The base model 'nowhere' cannot be loaded"),
         ((*SELECT, "--aligned", "nowhere.jsonl"), 1, "DataError: The aligned data 'nowhere.jsonl' cannot be opened"),
         (("train", "nowhere.yaml"), 1, "ConfigError: 'nowhere.yaml' cannot be opened"),
         (("train", "job.yaml"), 1, "ArtifactError: Subspace 'subspace' is no folder here"),
