@@ -11,7 +11,7 @@ import torch
 from ..checkpoint import load_base
 from ..errors import ConfigError
 from .plan import is_tied, output_dtypes
-from .updates import Layer, attach, check_together, merge_layers, resize_for
+from .updates import Layer, attach, check_together, merge_layers, part_tied, resize_for
 
 
 def merge_in_memory(
@@ -39,6 +39,8 @@ def merge_in_memory(
     dtypes = {id(value): wanted.get(name, value.dtype) for name, value in model.named_parameters()}
     updates = [attach(model, name, adapters[name], factors[name], empty=False) for name in adapters]
     check_together(updates, adapters)
+    for name, shared in part_tied(model, updates).items():
+        dtypes[id(model.get_parameter(name))] = dtypes[id(shared)]
     by_module: dict[int, list[Layer]] = {}
     for found in updates:
         for layer in found.layers:

@@ -69,6 +69,7 @@ def make_plan(
     stored: Mapping[str, StoredTensor],
     updates: Iterable[Updates],
     own: Mapping[str, torch.Tensor],
+    parted: Mapping[str, torch.Tensor],
     dtype: torch.dtype | None,
 ) -> Plan:
     """Plan how a model whose weights take no memory is merged.
@@ -79,13 +80,16 @@ def make_plan(
         stored: the checkpoint.
         updates: of the adapters.
         own: the tensors that the model had before the adapters.
+        parted: names of tensors that have been parted from one of these, see `part_tied`.
         dtype: of what is written; None for that of the base.
 
     Raises:
         ArtifactError: tensors are missing, or transformers would write others than are planned.
     """
     tensors, known = model.state_dict(keep_vars=True), {id(tensor) for tensor in own.values()}
-    values = {name: tensor.detach() for name, tensor in tensors.items() if id(tensor) not in known}
+    values = {
+        name: tensor.detach() for name, tensor in tensors.items() if id(tensor) not in known and name not in parted
+    }
     modules = {id(module): name for name, module in model.named_modules()}
     for found in updates:
         for module, key, value in found.given:
@@ -97,15 +101,22 @@ def make_plan(
     for names in by_object.values():  # what an adapter gives for one of tied tensors counts for all
         for name in names:
             values.update({other: values[name] for other in names if name in values and other not in values})
+    copies: dict[int, list[str]] = {}
+    for name, shared in parted.items():
+        copies.setdefault(id(shared), []).append(name)
     places = {
-        target: [name for name in by_object.get(id(own[target]), ()) if name not in values]
+        target: [
+            name
+            for name in (*by_object.get(id(own[target]), ()), *copies.get(id(own[target]), ()))
+            if name not in values
+        ]
         for group in conversion.groups
         for target in group.targets
     }
     groups = [group for group in conversion.groups if any(places[target] for target in group.targets)]
     check_complete(set(tensors) - set(values) - {name for names in places.values() for name in names})
     saved = _without_tied(model, by_object)
-    dtypes = _base_dtypes(tensors, conversion, stored) if dtype is None else output_dtypes(model, dtype)
+    dtypes = _base_dtypes(tensors, conversion, stored, places) if dtype is None else output_dtypes(model, dtype)
     layers = [layer for found in updates for layer in found.layers]
     units = _make_units(by_object.values(), groups, layers, modules, places, tensors)
     outputs: dict[str, Shaped] = {}
@@ -149,10 +160,18 @@ def output_dtypes(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype]:
 
 
 def _base_dtypes(
-    tensors: Mapping[str, torch.Tensor], conversion: Conversion, stored: Mapping[str, StoredTensor]
+    tensors: Mapping[str, torch.Tensor],
+    conversion: Conversion,
+    stored: Mapping[str, StoredTensor],
+    places: Mapping[str, list[str]],
 ) -> dict[str, torch.dtype]:
     """The dtype of every tensor as it is stored; what the base lacks takes the one that most have."""
-    known = {name: stored[group.names[0]].dtype for group in conversion.groups for name in group.targets}
+    known = {
+        name: stored[group.names[0]].dtype
+        for group in conversion.groups
+        for target in group.targets
+        for name in (target, *places[target])
+    }
     floats = [dtype for dtype in known.values() if dtype.is_floating_point] or [torch.float32]
     usual = max(set(floats), key=floats.count)
     return {

@@ -17,7 +17,7 @@ from ..errors import MismatchError
 from .conversion import Conversion, Group
 from .plan import Plan, Unit, is_tied, make_plan
 from .tensor_file import StoredTensor, TensorReader, TensorWriter, stored_tensors
-from .updates import attach, check_together, merge_layers, resize_for
+from .updates import attach, check_together, merge_layers, part_tied, resize_for
 
 _COMPARED = 2**22  # elements at a time
 _AHEAD = 1  # merged modules that wait to be written
@@ -58,7 +58,8 @@ class StreamedMerge:
         own = self._model.state_dict(keep_vars=True)  # kept, so that their identities stay theirs
         updates = [attach(self._model, name, adapters[name], factors[name], empty=True) for name in adapters]
         check_together(updates, adapters)
-        self.plan: Plan = make_plan(self._model, self._conversion, self._stored, updates, own, dtype)
+        self._parted = part_tied(self._model, updates)
+        self.plan: Plan = make_plan(self._model, self._conversion, self._stored, updates, own, self._parted, dtype)
         ties = getattr(self._model.config.get_text_config(), "tie_word_embeddings", False)
         self.tied = is_tied(self._model) if ties else None
         self._owners = _owners(self._model)
@@ -149,7 +150,7 @@ class StreamedMerge:
         made: dict[int, torch.Tensor] = {}
         for name, old in before.items():
             if name in tensors and id(old) not in made:
-                new = tensors[name].clone() if name in self.plan.values else tensors[name]
+                new = tensors[name].clone() if name in {*self.plan.values, *self._parted} else tensors[name]
                 made[id(old)] = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
         try:
             for name, old in before.items():

@@ -54,10 +54,12 @@ class Updates:
         layers: in the order in which they are merged.
         given: for tensors of the base that an adapter brings along whole (trained biases, resized embeddings): the
             module, the key in it, and the value.
+        whole: names of the modules of these, and of those that an adapter trained as a whole.
     """
 
     layers: list[Layer] = field(default_factory=list)
     given: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
+    whole: set[str] = field(default_factory=set)
 
 
 def read_adapters(adapters: Iterable[str]) -> dict[str, dict[str, torch.Tensor]]:
@@ -127,6 +129,11 @@ def attach(model: Any, adapter: str, weights: Mapping[str, torch.Tensor], weight
             module._parameters[key] = value
             found.given.append((module, key, loaded.detach()))
     whole = [name for name, module in adapted.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    found.whole = {name.removeprefix(_PREFIX) for name in whole}
+    embeddings = {_embedding_name(model, which) for which in EMBEDDINGS}  # which PEFT saves as they were, too
+    brought = (key for key in adapted.get_base_model().state_dict() if f"{_PREFIX}{key}" in weights)
+    modules = {key.replace(".base_layer", "").rpartition(".")[0] for key in brought if ".lora_" not in key}
+    found.whole |= modules - embeddings
     for name, module in adapted.named_modules():
         if isinstance(module, BaseTunerLayer):
             _weigh(module, weight, adapter, name)
@@ -158,7 +165,9 @@ def apply(model: Any, weights: Mapping[str, Mapping[str, torch.Tensor]], factors
         (adapter,) = factors
         return _load(model, adapter, False).eval()
     for adapter, factor in factors.items():
-        merge_layers(attach(model, adapter, weights[adapter], factor, empty=False).layers)
+        found = attach(model, adapter, weights[adapter], factor, empty=False)
+        part_tied(model, [found])
+        merge_layers(found.layers)
     return model.float()
 
 
@@ -210,6 +219,8 @@ def check_together(updates: list[Updates], adapters: Iterable[str]) -> None:
     """
     if len(updates) < 2:
         return
+    changed: dict[str, str] = {}
+    kept: dict[str, str] = {}
     for found, adapter in zip(updates, adapters, strict=True):
         special = [layer.name for layer in found.layers if not _adds(layer.tuner)]
         if special:
@@ -217,6 +228,60 @@ def check_together(updates: list[Updates], adapters: Iterable[str]) -> None:
                 f"{special[0]!r} of '{adapter}' does not add to the weights (DoRA, another variant, trained tokens), "
                 "so several adapters cannot be merged with it. Merge it alone."
             )
+        own = {layer.name for layer in found.layers} | found.whole
+        twice = sorted((found.whole & changed.keys()) | (own & kept.keys()))
+        if twice:
+            raise ConfigError(
+                f"'{adapter}' and '{changed[twice[0]]}' both change {twice[0]!r}, and one of them brings it along as a "
+                "whole, so the other's work would be lost. Merge one, and train the other on the result."
+            )
+        changed.update(dict.fromkeys(own, adapter))
+        kept.update(dict.fromkeys(found.whole, adapter))
+
+
+def part_tied(model: Any, updates: Iterable[Updates]) -> dict[str, torch.Tensor]:
+    """Give the head, or the embedding, weights of its own where an update changes one of the two and they are tied.
+
+    While it runs, an update changes what its module does, and not what another one does with the same weights. PEFT
+    merges it into both (and into both twice where `ensure_weight_tying` puts it on both), with a warning.
+
+    Args:
+        model: the model, without the adapters.
+        updates: of the adapters.
+
+    Returns:
+        The name of each tensor that was parted, with the one that it shared.
+
+    Raises:
+        ConfigError: other modules share weights in a way that a checkpoint cannot tell.
+    """
+    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
+    for prefix, module in model.named_modules():
+        for key, value in module._parameters.items():
+            if value is not None:
+                owners.setdefault(id(value), []).append((f"{prefix}.{key}" if prefix else key, module, key))
+    embeddings = [getattr(model, which)() for which in EMBEDDINGS]
+    found: dict[str, torch.Tensor] = {}
+    for layer in (layer for update in updates for layer in update.layers):
+        if not isinstance(layer.tuner, LoraLayer):
+            continue  # trained tokens are those of both
+        for key, value in list(layer.module._parameters.items()):
+            sharing = owners.get(id(value), [])
+            if value is None or len(sharing) < 2 or not any(module is layer.module for _, module, _ in sharing):
+                continue
+            if len(sharing) > 2 or not all(any(module is one for one in embeddings) for _, module, _ in sharing):
+                others = sorted(name for name, module, _ in sharing if module is not layer.module)
+                raise ConfigError(
+                    f"'{layer.adapter}' changes {layer.name!r}, whose weights are also those of {others}, and in no "
+                    "checkpoint of this architecture could the two differ. Serve the adapter beside its base "
+                    "(export_lora)."
+                )
+            name = next(name for name, module, _ in sharing if module is layer.module)
+            part = value.data if value.data.stride() == (0,) * value.ndim else value.data.clone()
+            layer.module._parameters[key] = nn.Parameter(part, requires_grad=False)
+            owners[id(value)] = [entry for entry in sharing if entry[0] != name]
+            found[name] = value
+    return found
 
 
 def _adds(tuner: Any) -> bool:

@@ -24,7 +24,7 @@ _SCHEMA, _SCHEMA_VERSION = "peft_sae.job", 1
 _FILE = "request.json"
 _STATISTICS = "statistics"
 _AFTERWARDS = ("report", "merged", "lora", "architecture", "watch")  # what a trained adapter does not depend on
-_SELECTING = ("model", "dtype", "select", "subspace", "texts")  # what the Subspace depends on
+_SELECTING = ("model", "base", "dtype", "select", "subspace", "texts")  # what the Subspace depends on
 # What a selection does with statistics that are collected already.
 _CHOOSING = (
     *("top_k", "variance", "features", "direction", "min_firing_rate", "max_firing_rate", "max_cosine", "max_q"),
@@ -135,6 +135,7 @@ def _describe(job: TrainingJob) -> dict[str, Any]:
     """The job, less what changes nothing, and the contents of the files that it reads."""
     described = job.to_dict()
     described["training"] = {key: value for key, value in job.training.items() if key not in FREE_ARGUMENTS}
+    described["base"] = _digest(job.model)
     described["trained_on"] = {key: _digest(getattr(job, key)) for key in ("data", "eval_data")}
     described["texts"] = {name: _digest(source) for name, source in _texts(job)}
     return described

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 FINAL_FOLDER = "final"  # where all processes save to, before one of them moves it
 JOB_FILE = "job.json"
+WEIGHTS = "weights"  # a digest of the base's, which not every process has
 _CARD = "README.md"  # TRL writes one beside its checkpoints
 _SCHEMA, _SCHEMA_VERSION = "peft_sae.training", 1
 _STATE_FILE = "trainer_state.json"  # what transformers writes last
@@ -77,6 +78,7 @@ def check_same_job(folder: str | Path, job: Mapping[str, Any]) -> None:
     before, now = _flat(known), _flat(json.loads(json.dumps(job)))
     different = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     different = [key for key in different if key.removeprefix("arguments.") not in FREE_ARGUMENTS]
+    different = [key for key in different if key != WEIGHTS or None not in (before.get(key), now.get(key))]
     if different:
         key = different[0]
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -14,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, PeftSaeError
+from ..statistics.model import weights_digest
 from ..statistics.records import Data
 from ..writing import check_target, replace_folder
 from .checkpoints import (
     FINAL_FOLDER,
+    WEIGHTS,
     check_same_job,
     keeps_checkpoints,
     last_checkpoint,
@@ -83,6 +86,7 @@ def train_adapter(
         ConfigError: an argument that the Trainer does not know or cannot use, or checkpoints of another job.
     """
     check_target(output)
+    config = copy.deepcopy(config)  # injection writes into it, and it may be used again
     work = Path(f"{output}.checkpoints")
     length = max_length or _context_length(model)
     settings = training_arguments(method, arguments, work, max_length=length, progress=progress)
@@ -195,6 +199,7 @@ def _describe(
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "max_length": max_length,
         "model": model.config.to_dict(),
+        WEIGHTS: weights_digest(model),
     }
     return dict(json.loads(json.dumps(described, default=_plain, sort_keys=True)))
 

@@ -110,9 +110,16 @@ OPTIONS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|no longer tied|save_embedding_layers).*:UserWarning")
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("option", OPTIONS)
+TIED = pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|no longer tied|save_embedding_layers).*:UserWarning")
+# PEFT merges what changes one of two tied modules into both.
+PARTED = ("embeddings", "head")
+
+
+@TIED
+@pytest.mark.parametrize(
+    ("option", "tied"),
+    [(option, tied) for option in OPTIONS for tied in (False, True) if not (tied and option in PARTED)],
+)
 def test_every_option_of_lora_equals_peft(option, tied, tmp_path):
     model = make_model(tie_word_embeddings=tied, attention_bias=True)
     base = save_base(model, tmp_path / "base")
@@ -127,6 +134,86 @@ def test_every_option_of_lora_equals_peft(option, tied, tmp_path):
     )
     assert torch.equal(merged(IDS).logits, whole(IDS).logits)
     assert merged.config.tie_word_embeddings == whole.config.tie_word_embeddings
+
+
+@TIED
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (LoraConfig, OPTIONS["embeddings"]),
+        (LoraConfig, OPTIONS["head"]),
+        (LoraConfig, {"target_modules": ["lm_head", "embed_tokens"]}),
+        (LoraConfig, {"target_modules": ["lm_head", "embed_tokens"], "ensure_weight_tying": True}),
+        (SaeSubspaceConfig, {"target_modules": ["lm_head", "o_proj"]}),
+    ],
+)
+def test_what_changes_one_of_two_tied_modules_stays_there(kind, fields, dtype, in_memory, tmp_path):
+    model = make_model(tie_word_embeddings=True)
+    base = save_base(model.to(dtype), tmp_path / "base")
+    model = make_model(tie_word_embeddings=True)
+    fields = {"r": 4, "task_type": "CAUSAL_LM", **fields}
+    if kind is SaeSubspaceConfig:
+        fields["subspace"] = make_subspace(model)
+    adapter = save_adapter(model, kind(**fields), tmp_path / "adapter")
+    adapted = PeftModel.from_pretrained(type(model).from_pretrained(base, dtype=torch.float32), adapter).eval()
+    with torch.no_grad():
+        expected = adapted(IDS).logits
+
+    merged = merge_checkpoint(base, adapter, tmp_path / "merged", in_memory=in_memory)
+
+    tensors = read_folder(merged)
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= tensors.keys()
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype}
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32).eval()
+    assert loaded.config.tie_word_embeddings is False
+    tolerance = 1e-5 if dtype is torch.float32 else 0.05
+    torch.testing.assert_close(loaded(IDS).logits, expected, rtol=tolerance, atol=tolerance)
+
+
+@TIED
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"target_modules": ["q_proj", "lm_head"]}, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+        (*[{"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}] * 2,),
+        (*[{"target_modules": ["q_proj"], "bias": "all"}] * 2,),
+    ],
+    ids=["head and its copy", "two copies", "biases"],
+)
+def test_no_adapter_loses_its_work_to_another(first, second, in_memory, tmp_path):
+    model = make_model(attention_bias=True)
+    base = save_base(model, tmp_path / "base")
+    adapters = [
+        lora(make_model(attention_bias=True), tmp_path / name, seed=seed, **fields)
+        for seed, (name, fields) in enumerate({"one": first, "two": second}.items())
+    ]
+
+    for order in (adapters, adapters[::-1]):
+        with pytest.raises(ConfigError, match=r"both change .* brings it along as a whole.*Merge one"):
+            merge_checkpoint(base, order, tmp_path / "merged", in_memory=in_memory)
+    assert not (tmp_path / "merged").exists()
+
+
+@TIED
+@pytest.mark.parametrize("tied", [False, True])
+def test_two_adapters_of_the_head_add_up(tied, tmp_path):
+    base = save_base(make_model(tie_word_embeddings=tied), tmp_path / "base")
+    adapters = [
+        lora(make_model(tie_word_embeddings=tied), tmp_path / name, seed=seed, target_modules=["lm_head"])
+        for seed, name in enumerate(("one", "two"))
+    ]
+    before = make_model(tie_word_embeddings=tied).lm_head.weight.detach()
+
+    merged = read_folder(merge_checkpoint(base, adapters, tmp_path / "merged"))
+
+    alone = [read_folder(merge_checkpoint(base, name, tmp_path / f"{name.name}-merged")) for name in adapters]
+    wanted = before + sum(tensors["lm_head.weight"] - before for tensors in alone)
+    torch.testing.assert_close(merged["lm_head.weight"], wanted, rtol=1e-6, atol=1e-6)
+    embedding = make_model(tie_word_embeddings=tied).get_input_embeddings().weight
+    assert torch.equal(merged["model.embed_tokens.weight"], embedding)
 
 
 @pytest.mark.parametrize("protected", [None, {"blocks.1.hook_resid_post": 2}])
@@ -245,7 +332,7 @@ def test_several_adapters_without_factors_equal_peft_one_after_the_other(tmp_pat
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("fields", [{}, {"modules_to_save": ["embed_tokens", "lm_head"]}])
 @pytest.mark.parametrize("in_memory", [False, True])
-@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|no longer tied|save_embedding_layers).*:UserWarning")
+@TIED
 def test_added_tokens(fields, tied, in_memory, tmp_path):
     base = save_base(make_model(tie_word_embeddings=tied), tmp_path / "base")
     model = make_model(tie_word_embeddings=tied)

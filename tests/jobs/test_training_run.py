@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import torch
@@ -9,12 +10,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from peft_sae import FeatureStatistics, Subspace
+from peft_sae import FeatureStatistics, SaeSubspaceConfig, Subspace
 from peft_sae.errors import ArtifactError, ConfigError, DataError
 from peft_sae.jobs import TrainingJob, request, run_job, selection_run, training_run
 from peft_sae.training import train as training_of_adapters
+from peft_sae.training import train_adapter
 from tests.jobs.conftest import SELECT
-from tests.tiny import make_model, make_subspace
+from tests.tiny import make_model, make_subspace, make_tokenizer
 
 IDS = torch.randint(4, 16, (2, 9), generator=torch.Generator().manual_seed(0))
 TRAINING = {"max_steps": 4, "learning_rate": 0.05, "per_device_train_batch_size": 2, "gradient_checkpointing": False}
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing[a-z_]*` 
 
 def job(**changes):
     fields = {"adapter": ADAPTER, "training": TRAINING, "select": SELECT, **changes}
-    return TrainingJob("base", fields.pop("data", "aligned.jsonl"), "adapter", **fields)
+    return TrainingJob(fields.pop("model", "base"), fields.pop("data", "aligned.jsonl"), "adapter", **fields)
 
 
 def run(**changes):
@@ -164,17 +166,17 @@ def test_texts_are_not_read_again_when_only_the_choice_changes(world, monkeypatc
     assert Subspace.from_pretrained("adapter-subspace").digest == found
 
 
-@pytest.mark.parametrize("name", ["aligned", "unaligned"])
-def test_texts_that_changed_since_the_stop_are_noticed(world, monkeypatch, name):
+@pytest.mark.parametrize("name", ["aligned.jsonl", "unaligned.jsonl", "base/generation_config.json"])
+def test_files_that_changed_since_the_stop_are_noticed(world, monkeypatch, name):
     with monkeypatch.context() as patch:
         stop_in(patch, "merge_checkpoint")
         with pytest.raises(Stopped):
             run(merged="merged")
-    before = (world / f"{name}.jsonl").read_text()
-    (world / f"{name}.jsonl").write_text(before + before.splitlines()[0])
+    before = (world / name).read_text()
+    (world / name).write_text(before + before.splitlines()[0] if name.endswith("l") else "{}")
     with pytest.raises(ArtifactError, match=r"adapter' exists and holds"):
         run(merged="merged")
-    (world / f"{name}.jsonl").write_text(before)
+    (world / name).write_text(before)
     run(merged="merged", training={**TRAINING, "logging_steps": 1}, watch=False, lora="lora")
     assert (world / "merged").is_dir()
     assert (world / "lora").is_dir()
@@ -205,6 +207,8 @@ def test_torn_checkpoints_are_told_and_begun_anew(world, caplog):
         {"eval_data": "unaligned.jsonl"},
         {"adapter": {"lora_alpha": 99}},
         {"max_length": 4},
+        {"model": "other"},
+        {"processes": 2},
     ],
 )
 def test_checkpoints_of_another_job_are_refused(world, change):
@@ -217,11 +221,41 @@ def test_checkpoints_of_another_job_are_refused(world, change):
     if "adapter" in change:
         change = {"adapter": {**ADAPTER, **change["adapter"]}}
 
+    if "model" in change:
+        save_other_base(world / "other")
+    if change.pop("processes", None):  # as if two had written them
+        path = world / "adapter.checkpoints" / "job.json"
+        path.write_text(path.read_text().replace('"processes": 1', '"processes": 2'))
+
     with pytest.raises(ConfigError, match=r"checkpoints in .* are of a job with .*remove the folder to begin anew"):
         run(**{**settings, **change})
 
     assert not (world / "adapter").exists()
+    if not change:
+        return
     run(**{**settings, "training": {**settings["training"], "logging_steps": 1}})  # changes nothing of the result
+
+
+def save_other_base(folder):
+    """The same sizes and the same configuration, with other weights."""
+    torch.manual_seed(9)
+    other = make_model()
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight += 0.01
+    other.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+
+
+def test_a_configuration_can_be_used_again(world):
+    """What injection writes into it does not make it another one."""
+    config = SaeSubspaceConfig(subspace=make_subspace(make_model()), r="auto", target_modules="all-linear")
+    settings = {"max_steps": 2, "save_steps": 1, "use_cpu": True, "progress": False}
+    for name in ("one", "two"):
+        train_adapter(make_model(), make_tokenizer(), ["red sun"], config, name, **settings)
+    shutil.rmtree("one")
+    train_adapter(make_model(), make_tokenizer(), ["red sun"], config, "one", **settings)  # goes on at its end
+    assert (config.r, config.target_modules) == ("auto", "all-linear")
 
 
 def test_what_is_there_is_never_replaced(world):
