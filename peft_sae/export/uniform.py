@@ -44,6 +44,12 @@ def with_one_rank(
         for name, tensor in tensors.items()
         if name.endswith(_FACTORS[0])
     }
+    lone = [name for name in tensors if name.endswith(_FACTORS[1]) and name.removesuffix(_FACTORS[1]) not in ranks]
+    if lone or not ranks:
+        raise ConfigError(
+            f"{lone[0] if lone else 'The adapter'!r} has no pair of factors, so there is no update to write with one "
+            "rank. Save the adapter again, or merge it."
+        )
     rank = max(ranks.values())
     found_tensors = {}
     for name, tensor in tensors.items():

@@ -310,3 +310,16 @@ def test_one_rank_is_refused_where_it_would_say_something_else(trained, tmp_path
         export_lora(adapter, tmp_path / "lora", uniform=True)
 
     assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize("kept", [(), ("lora_B",)])
+def test_one_rank_needs_pairs_of_factors(trained, tmp_path, kept):
+    _, adapter, _ = trained()
+    path = adapter / "adapter_model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if any(part in name for part in kept)}
+    save_file(tensors, path)
+
+    with pytest.raises(ConfigError, match="has no pair of factors"):
+        export_lora(adapter, tmp_path / "lora", uniform=True)
+
+    assert not (tmp_path / "lora").exists()
