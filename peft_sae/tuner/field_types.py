@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -14,6 +15,7 @@ from packaging.version import InvalidVersion, Version
 from ..errors import ConfigError, suggest
 from ..reading import MEGATRON
 
+_TEXTS = ("base_model_name_or_path", "revision")
 _NAMES = ("target_modules", "exclude_modules", "target_parameters", "modules_to_save")
 
 
@@ -30,6 +32,10 @@ def check_lora_types(config: Any) -> None:
         value = getattr(config, entry.name)
         if entry.type in ("bool", bool) and not isinstance(value, bool):
             raise ConfigError(f"{entry.name}={value!r} is neither true nor false.")
+    for name in _TEXTS:
+        value = getattr(config, name)
+        if not isinstance(value, (str, Path, type(None))):
+            raise ConfigError(f"{name}={value!r} is no text. Give a path, an id, or None.")
     for name in _NAMES:
         value = getattr(config, name)
         if value is None or isinstance(value, str):

@@ -204,16 +204,12 @@ def make_all(trained, tmp_path, **options):
 
 
 def products(content):
-    """Norms of B A by module, in float64, from an adapter's file."""
+    """Norm of B A, and rank, by module, in float64, from an adapter's file."""
     tensors = {key: tensor.double() for key, tensor in oracles.read_tensors(content).items()}
     ends = (".lora_A.weight", ".lora_B.weight")
-    modules = {
-        key.removesuffix(ends[0]) for key, tensor in tensors.items() if key.endswith(ends[0]) and tensor.ndim == 2
-    }
-    return {
-        module.removeprefix("base_model.model."): float((tensors[module + ends[1]] @ tensors[module + ends[0]]).norm())
-        for module in modules
-    }
+    modules = {key.removesuffix(ends[0]) for key in tensors if key.endswith(ends[0]) and tensors[key].ndim == 2}
+    pairs = {module.removeprefix("base_model.model."): [tensors[module + end] for end in ends] for module in modules}
+    return {module: (float((b @ a).norm()), a.shape[0]) for module, (a, b) in pairs.items()}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's, about fields that it ignores
@@ -225,18 +221,16 @@ def test_adapters_that_are_inspected(trained, tmp_path, monkeypatch):
 
     def check(found, name, change):
         norms = products((artefact.folder / ADAPTER[0]).read_bytes())
-        defaults = {"lora_alpha": 8, "r": 8, "alpha_pattern": None, "rank_pattern": None, "use_rslora": False}
+        defaults = {"lora_alpha": 8, "alpha_pattern": None, "use_rslora": False}
         config = defaults | oracles.read_json(artefact.folder / ADAPTER[1])
         for row in found.modules.itertuples():
-            patterns = [
-                (key, config[f"{what}_pattern"] or {}) for key, what in (("lora_alpha", "alpha"), ("r", "rank"))
-            ]
-            alpha, rank = (
-                next((value for end, value in pattern.items() if f".{row.module}".endswith(f".{end}")), config[key])
-                for key, pattern in patterns
+            norm, rank = norms.pop(row.module)
+            pattern = (config["alpha_pattern"] or {}).items()
+            alpha = next(
+                (value for end, value in pattern if f".{row.module}".endswith(f".{end}")), config["lora_alpha"]
             )
             scaling = alpha / (math.sqrt(rank) if config["use_rslora"] else rank)
-            assert math.isclose(row.norm, abs(scaling) * norms.pop(row.module), rel_tol=1e-4, abs_tol=1e-9), row
+            assert math.isclose(row.norm, abs(scaling) * norm, rel_tol=1e-4, abs_tol=1e-9), row
             for share in (row.in_basis, row.in_random, row.chance):
                 assert share is None or math.isnan(share) or -1e-6 <= share <= 1 + 1e-6
         assert not norms
@@ -258,7 +252,7 @@ def test_adapters_that_are_edited(trained, tmp_path, monkeypatch):
         """What is removed is projected out, so no update grows; everything else comes along."""
         before, after = (products((folder / ADAPTER[0]).read_bytes()) for folder in (artefact.folder, found))
         assert before.keys() == after.keys()
-        assert all(after[module] <= before[module] * (1 + 1e-5) for module in before)
+        assert all(after[module][0] <= before[module][0] * (1 + 1e-5) for module in before)
         assert read_edits(found)[-1]["features"][0]["name"] == "blocks.1.hook_resid_pre:1"
         assert not any(path.is_symlink() for path in found.rglob("*"))
 
