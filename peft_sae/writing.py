@@ -85,6 +85,28 @@ def replace_file(target: str | Path) -> Iterator[Path]:
         raise _cannot_write(target, error) from error
 
 
+@contextmanager
+def alone(target: str | Path) -> Iterator[None]:
+    """Keep other processes that do the same from a file or folder until the block ends; its parents are made.
+
+    Args:
+        target: the file or folder, which need not be there.
+
+    Raises:
+        ArtifactError: another process is at it, or the place cannot be written.
+    """
+    target = Path(target)
+    with ExitStack() as stack:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(held(target.parent.resolve() / target.name))
+        except OSError as error:
+            if isinstance(error, ArtifactError):
+                raise
+            raise _cannot_write(target, error) from error
+        yield
+
+
 def discard(target: str | Path) -> None:
     """Remove a file or folder that nobody needs any more, with what killed processes have left of it.
 

@@ -80,8 +80,14 @@ def copy_tokenizer(adapter: Path, folder: Path) -> bool:
 
     Returns:
         Whether it was copied.
+
+    Raises:
+        ArtifactError: one of its files is a link that leads out of the adapter's folder, or far too large.
     """
     settings = adapter / "tokenizer_config.json"
+    for name in _TOKENIZER:
+        if (adapter / name).exists():
+            check_inside(adapter / name, adapter)
     if not settings.is_file() or not any((adapter / name).is_file() for name in _TOKENIZER[:1] + _TOKENIZER[6:]):
         return False
     try:

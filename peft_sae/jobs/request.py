@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..artifact import read_json, write_json
 from ..errors import ArtifactError, ConfigError
 from ..statistics.statistics import FeatureStatistics
 from ..subspace import Subspace
-from ..training.checkpoints import FREE_ARGUMENTS
+from ..training.checkpoints import FREE_ARGUMENTS, check_own
 from ..writing import check_target, check_writable, discard, replace_file, tidy_up
 from .training import TrainingJob
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 _SCHEMA, _SCHEMA_VERSION = "peft_sae.job", 1
 _FILE = "request.json"
 _STATISTICS = "statistics"
+_OWN_STATISTICS = re.compile(r"\.?statistics(\.state(\.\d+-of-\d+)?)?(\.lock)?")
 _AFTERWARDS = ("report", "merged", "lora", "architecture", "watch")  # what a trained adapter does not depend on
 _SELECTING = ("model", "base", "dtype", "select", "subspace", "texts")  # what the Subspace depends on
 # What a selection does with statistics that are collected already.
@@ -44,7 +46,7 @@ class Request:
 
     def __init__(self, job: TrainingJob) -> None:
         self._job = job
-        self.folder = Path(f"{job.output}.checkpoints")
+        self.folder = Path(f"{Path(job.output)}.checkpoints")
         self._data = json.loads(json.dumps(_describe(job), default=str))
         self._before = self._read()
 
@@ -52,7 +54,13 @@ class Request:
         path = self.folder / _FILE
         if not path.is_file():
             return {}
-        found = read_json(path, schema=_SCHEMA, newest=_SCHEMA_VERSION).get("job")
+        try:
+            found = read_json(path, schema=_SCHEMA, newest=_SCHEMA_VERSION).get("job")
+        except ArtifactError as error:
+            raise ConfigError(
+                f"'{path}' does not say what an earlier start was to do ({error}). Remove '{self.folder}' to begin "
+                "anew, or give another output."
+            ) from error
         return found if isinstance(found, dict) else {}
 
     def _agrees(self, keys: Iterable[str]) -> bool:
@@ -90,10 +98,12 @@ class Request:
         Raises:
             ArtifactError, ConfigError: something is in the way.
         """
+        check_own(self.folder)
         job, again = self._job, self._agrees(key for key in self._data if key not in _AFTERWARDS)
         trained = again and (Path(job.output) / CONFIG_FILE).is_file()
-        for place in (job.output, job.merged, job.lora):
-            if place is not None and not (again and holds_something(place)):
+        for key in ("output", "merged", "lora"):
+            place, same = getattr(job, key), self._before.get(key) == self._data[key]
+            if place is not None and not (again and same and holds_something(place)):
                 check_target(place)
                 check_writable(place)
         if job.report is not None:
@@ -114,7 +124,8 @@ class Request:
 
     def forget(self) -> None:
         """Remove it with what only an unfinished job needs, and the folder if nothing else is in it."""
-        for path in [self.folder / _FILE, *self.folder.glob(f"*{_STATISTICS}*")]:
+        own = [path for path in self.folder.glob("*") if _OWN_STATISTICS.fullmatch(path.name)]
+        for path in [self.statistics, *own, self.folder / _FILE]:  # in this order: till the end it is this job's
             discard(path)
         for place in (self._job.output, self._job.subspace_source, self._job.merged, self._job.lora):
             if place is not None:
@@ -136,6 +147,7 @@ def _describe(job: TrainingJob) -> dict[str, Any]:
     described = job.to_dict()
     described["training"] = {key: value for key, value in job.training.items() if key not in FREE_ARGUMENTS}
     described["base"] = _digest(job.model)
+    described["basis"] = _digest(job.subspace) if job.select is None else None
     described["trained_on"] = {key: _digest(getattr(job, key)) for key in ("data", "eval_data")}
     described["texts"] = {name: _digest(source) for name, source in _texts(job)}
     return described
@@ -155,7 +167,10 @@ def _collecting(select: Any) -> Any:
 
 def _digest(source: Any) -> str | None:
     """SHA-256 of a file or of all files of a folder; None of what is not here."""
-    if not isinstance(source, str) or not Path(source).exists():
+    try:
+        if not isinstance(source, str) or not Path(source).exists():
+            return None
+    except OSError:  # too long a name, or one that may not be looked at
         return None
     place, content = Path(source), hashlib.sha256()
     for path in sorted(place.rglob("*")) if place.is_dir() else [place]:

@@ -78,7 +78,7 @@ class TrainingJob:
     @property
     def subspace_source(self) -> str:
         """Where the Subspace is, or will be."""
-        return self.subspace or f"{self.output}-subspace"
+        return self.subspace or f"{Path(self.output)}-subspace"
 
     def adapter_config(self, subspace: Any = None) -> SaeSubspaceConfig:
         """Return the adapter's configuration.
@@ -169,7 +169,7 @@ def _combination_problems(data: Mapping[str, Any], path: str | Path) -> list[str
     if data.get("report") is not None and Path(data["report"]).suffix.lower() not in (".html", ".htm"):
         problems.append(f"report={data['report']!r} in '{path}' is no HTML file. Use for example report.html.")
     places = {key: data[key] for key in ("output", "merged", "lora") if data.get(key)}
-    places["subspace"] = data.get("subspace") or f"{data['output']}-subspace"
+    places["subspace"] = data.get("subspace") or f"{Path(data['output'])}-subspace"
     for one in places:
         for other in places:
             first, second = Path(places[one]).absolute(), Path(places[other]).absolute()
@@ -178,6 +178,13 @@ def _combination_problems(data: Mapping[str, Any], path: str | Path) -> list[str
                     f"{one}={places[one]!r} and {other}={places[other]!r} in '{path}' lie in one another, and each "
                     "takes a folder of its own. Give two folders."
                 )
+    around = [] if data.get("report") is None else Path(data["report"]).absolute().parents
+    for one, place in places.items():
+        if Path(place).absolute() in around:
+            problems.append(
+                f"report={data['report']!r} in '{path}' lies in {one}={place!r}, which is written as a whole. Give "
+                "another place."
+            )
     architecture = data.get("architecture")
     if architecture is not None and not isinstance(architecture.get("model_type"), str):
         problems.append(

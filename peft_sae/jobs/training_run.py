@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..subspace import Subspace
 from ..training import train_adapter
 from ..training.callback import SubspaceCallback
 from ..training.checkpoints import keeps_checkpoints, remove_checkpoints
+from ..writing import alone
 from .bars import other_bars
 from .data import open_data
 from .models import load_model
@@ -60,13 +62,15 @@ def run_job(job: TrainingJob, *, progress: bool = True) -> JobResult:
 
     processes = PartialState(cpu=_on_cpu(job))
     shown = progress and processes.is_local_main_process
-    with other_bars(shown):
-        return _run(job, processes, shown)
+    with other_bars(shown), ExitStack() as stack:
+        request = Request(job)
+        trained = request.check_places()
+        if processes.is_main_process:
+            stack.enter_context(alone(request.folder))
+        return _run(job, request, trained, processes, shown)
 
 
-def _run(job: TrainingJob, processes: Any, shown: bool) -> JobResult:
-    request = Request(job)
-    trained = request.check_places()
+def _run(job: TrainingJob, request: Request, trained: bool, processes: Any, shown: bool) -> JobResult:
     data, held_out = _open(job)
     processes.wait_for_everyone()  # all have looked before one writes
     selection = None if request.has_subspace else _selection(job, request, str(processes.device))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
-import shutil
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +28,31 @@ _WEIGHTS_FILE = "adapter_model.safetensors"
 FREE_ARGUMENTS = frozenset(
     {"logging_steps", "logging_strategy", "report_to", "run_name", "save_total_limit", "dataloader_num_workers"}
 )
+
+
+def check_own(folder: str | Path) -> bool:
+    """Check that what a training would write or remove beside its output is its own.
+
+    Args:
+        folder: the Trainer's `output_dir`.
+
+    Returns:
+        Whether an earlier start has left something there.
+
+    Raises:
+        ConfigError: there are files of somebody else.
+    """
+    folder = Path(folder)
+    if (folder / JOB_FILE).is_file():
+        return True
+    found = [*folder.glob("checkpoint-*"), *(folder / name for name in (FINAL_FOLDER, _CARD))]
+    foreign = sorted(path.name for path in found if os.path.lexists(path))
+    if foreign:
+        raise ConfigError(
+            f"'{folder}' holds {foreign[:3]}, and no {JOB_FILE} that says of which job, so this job would write over "
+            "them or remove them. Move them away, or give another output."
+        )
+    return False
 
 
 def last_checkpoint(folder: str | Path) -> Path | None:
@@ -108,11 +133,13 @@ def keeps_checkpoints(arguments: Collection[str]) -> bool:
 
 
 def remove_checkpoints(folder: str | Path) -> None:
-    """Remove the checkpoints of a job that is done, and the folder if nothing else is in it."""
+    """Remove the checkpoints of a job that is done, and the folder if nothing else is in it; those of others stay."""
     folder = Path(folder)
+    if not (folder / JOB_FILE).is_file():
+        return
     for place in [*folder.glob("checkpoint-*"), folder / FINAL_FOLDER]:
-        shutil.rmtree(place, ignore_errors=True)
-    for name in (JOB_FILE, _CARD):
+        discard(place)
+    for name in (_CARD, JOB_FILE):  # in this order: until the end it is known whose the folder is
         discard(folder / name)
     with suppress(OSError):  # it may hold more than this
         folder.rmdir()

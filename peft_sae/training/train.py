@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError, PeftSaeError
 from ..statistics.model import weights_digest
 from ..statistics.records import Data
-from ..writing import check_target, replace_folder
+from ..writing import check_target, discard, replace_folder
 from .checkpoints import (
     FINAL_FOLDER,
     WEIGHTS,
+    check_own,
     check_same_job,
     keeps_checkpoints,
     last_checkpoint,
@@ -87,15 +88,17 @@ def train_adapter(
     """
     check_target(output)
     config = copy.deepcopy(config)  # injection writes into it, and it may be used again
-    work = Path(f"{output}.checkpoints")
+    work = Path(f"{Path(output)}.checkpoints")
+    started = check_own(work)
     length = max_length or _context_length(model)
     settings = training_arguments(method, arguments, work, max_length=length, progress=progress)
     dataset = to_dataset(method, tokenizer, data, length, learn)
     held_out = None if eval_data is None else to_dataset(method, tokenizer, eval_data, length, learn)
     job = _describe(method, arguments, config, model, dataset, held_out, length)
     checkpoint = last_checkpoint(work)
-    if checkpoint is not None:
+    if started and any(work.glob("checkpoint-*")):
         check_same_job(work, job)
+    if checkpoint is not None:
         logger.warning("The training goes on from '%s'.", checkpoint)
     with _own_forward(model):
         trainer = _make_trainer(
@@ -138,7 +141,7 @@ def _save(trainer: Any, output: Path, work: Path, *, keep: bool) -> None:
     """
     place = work / FINAL_FOLDER
     if trainer.args.should_save:
-        shutil.rmtree(place, ignore_errors=True)
+        discard(place)
     trainer.accelerator.wait_for_everyone()
     trainer.save_model(str(place))
     trainer.accelerator.wait_for_everyone()

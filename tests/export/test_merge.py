@@ -11,7 +11,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_sae import SaeSubspaceConfig, merge_checkpoint
+from peft_sae import SaeSubspaceConfig, export_lora, merge_checkpoint
 from peft_sae.errors import ArtifactError, ConfigError, MismatchError
 from tests.tiny import FAMILIES, make_classifier, make_model, make_subspace, make_tokenizer
 
@@ -420,6 +420,23 @@ def test_what_lies_beside_the_weights_goes_along_as_it_is(tmp_path):
     for path in kept:
         if path.suffix != ".safetensors":
             assert (merged / path).read_bytes() == (base / path).read_bytes()
+
+
+def test_nothing_beside_an_adapter_leads_out_of_it(tmp_path):
+    model = make_model()
+    base = save_base(model, tmp_path / "base")
+    config = SaeSubspaceConfig(subspace=make_subspace(model), r=4, target_modules=["q_proj"])
+    adapter = save_adapter(model, config, tmp_path / "adapter")
+    make_tokenizer().save_pretrained(adapter)
+    (tmp_path / "secret").write_text("of the machine")
+    (adapter / "tokenizer.model").symlink_to(tmp_path / "secret")
+
+    with pytest.raises(ArtifactError, match=r"tokenizer\.model' is a link that leads out of"):
+        merge_checkpoint(base, adapter, tmp_path / "merged")
+    with pytest.raises(ArtifactError, match=r"tokenizer\.model' is a link that leads out of"):
+        export_lora(adapter, tmp_path / "lora")
+    assert not (tmp_path / "merged").exists()
+    assert not (tmp_path / "lora").exists()
 
 
 def test_a_tokenizer_that_names_code_is_left_behind(tmp_path):

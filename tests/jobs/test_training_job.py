@@ -36,6 +36,7 @@ def write(folder, job):
         ({"data": {"path": "x", "splitt": "train"}}, "data.splitt is no key.* Did you mean 'split'"),
         ({"merged": "adapter/merged"}, "lie in one another"),
         ({"report": "report.pdf"}, "no HTML file"),
+        ({"merged": "merged", "report": "merged/report.html"}, "lies in merged='merged', which is written as a whole"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "both load_in_4bit and load_in_8bit"),
         ({"architecture": {"hidden_size": 8}}, "lacks 'model_type'"),
         ({"max_length": 1}, "leaves no text"),

@@ -15,6 +15,7 @@ from peft_sae.errors import ArtifactError, ConfigError, DataError
 from peft_sae.jobs import TrainingJob, request, run_job, selection_run, training_run
 from peft_sae.training import train as training_of_adapters
 from peft_sae.training import train_adapter
+from peft_sae.writing import alone
 from tests.jobs.conftest import SELECT
 from tests.tiny import make_model, make_subspace, make_tokenizer
 
@@ -166,6 +167,75 @@ def test_texts_are_not_read_again_when_only_the_choice_changes(world, monkeypatc
     assert Subspace.from_pretrained("adapter-subspace").digest == found
 
 
+@pytest.mark.parametrize("name", ["checkpoint-500/model.safetensors", "final/thesis.txt", "README.md"])
+def test_nothing_of_others_is_touched(world, name):
+    place = world / "adapter.checkpoints" / name
+    place.parent.mkdir(parents=True)
+    place.write_text("years of work")
+    with pytest.raises(ConfigError, match=r"and no job\.json that says of which job.*Move them away"):
+        run()
+    assert place.read_text() == "years of work"
+    assert not (world / "adapter").exists()
+
+
+def test_what_lies_beside_a_jobs_own_files_stays(world):
+    folder = world / "adapter.checkpoints"
+    folder.mkdir()
+    for name in ("my_statistics.txt", "statistics.final", "notes"):
+        (folder / name).write_text("mine")
+    run()
+    assert {path.name for path in folder.iterdir()} == {"my_statistics.txt", "statistics.final", "notes"}
+
+
+def test_a_link_in_the_place_of_what_is_saved_is_not_followed(world, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_in(patch, "_save", training_of_adapters)
+        with pytest.raises(Stopped):
+            run()
+    (world / "mine").mkdir()
+    (world / "mine" / "thesis.txt").write_text("years of work")
+    (world / "adapter.checkpoints" / "final").symlink_to(world / "mine")
+    run()
+    assert (world / "mine" / "thesis.txt").read_text() == "years of work"
+    assert not (world / "adapter" / "thesis.txt").exists()
+    assert not (world / "adapter.checkpoints").exists()
+
+
+def test_two_processes_never_do_one_job(world):
+    with alone(world / "adapter.checkpoints"), pytest.raises(ArtifactError, match="Another process is writing"):
+        run()
+    run()
+    assert not any(path.name.startswith(".") for path in world.iterdir())
+
+
+def test_what_is_asked_for_later_replaces_nothing(world, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_in(patch, "merge_checkpoint")
+        with pytest.raises(Stopped):
+            run(merged="merged")
+    (world / "foreign").mkdir()
+    (world / "foreign" / "thesis.txt").write_text("years of work")
+    for place in ("merged", "lora"):
+        with pytest.raises(ArtifactError, match="writing there would destroy it"):
+            run(**{place: "foreign"})
+    run(merged="merged", lora="lora")
+    assert (world / "merged" / "model.safetensors").is_file()
+
+
+def test_a_slash_at_the_end_changes_nothing(world):
+    fields = {"adapter": ADAPTER, "training": TRAINING, "select": SELECT}
+    run_job(TrainingJob("base", "aligned.jsonl", "adapter/", **fields), progress=False)
+    assert {"adapter", "adapter-subspace"} < {path.name for path in world.iterdir()}
+    assert not any(path.name.startswith(".") for path in (world / "adapter").iterdir())
+
+
+def test_a_damaged_request_says_what_to_remove(world):
+    (world / "adapter.checkpoints").mkdir()
+    (world / "adapter.checkpoints" / "request.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"Remove 'adapter\.checkpoints' to begin anew"):
+        run()
+
+
 @pytest.mark.parametrize("name", ["aligned.jsonl", "unaligned.jsonl", "base/generation_config.json"])
 def test_files_that_changed_since_the_stop_are_noticed(world, monkeypatch, name):
     with monkeypatch.context() as patch:
@@ -190,13 +260,20 @@ def test_an_empty_folder_is_not_taken_for_what_is_asked(world):
     assert (world / "lora" / "adapter_model.safetensors").is_file()
 
 
-def test_torn_checkpoints_are_told_and_begun_anew(world, caplog):
+def test_torn_checkpoints_are_told_and_begun_anew(world, monkeypatch, caplog):
     make_subspace(make_model()).save_pretrained("subspace")
+    with monkeypatch.context() as patch:
+        stop_in(patch, "_save", training_of_adapters)
+        with pytest.raises(Stopped):
+            run(select=None, subspace="subspace", training={**TRAINING, "save_steps": 2, "max_steps": 2})
     torn = world / "adapter.checkpoints" / "checkpoint-2"
-    torn.mkdir(parents=True)
-    run(select=None, subspace="subspace")
+    (torn / "trainer_state.json").unlink()
+    with pytest.raises(ConfigError, match="are of a job with"):
+        run(select=None, subspace="subspace")
+    caplog.clear()
+    run(select=None, subspace="subspace", training={**TRAINING, "save_steps": 2, "max_steps": 2})
     assert "No checkpoint in 'adapter.checkpoints' is complete (['checkpoint-2'])" in caplog.text
-    assert not torn.exists()
+    assert (torn / "trainer_state.json").exists()
 
 
 @pytest.mark.parametrize(
