@@ -170,6 +170,8 @@ def _combination_problems(data: Mapping[str, Any], path: str | Path) -> list[str
         problems.append(f"report={data['report']!r} in '{path}' is no HTML file. Use for example report.html.")
     places = {key: data[key] for key in ("output", "merged", "lora") if data.get(key)}
     places["subspace"] = data.get("subspace") or f"{Path(data['output'])}-subspace"
+    if isinstance(data.get("select"), Mapping) and data["select"].get("statistics"):
+        places["select.statistics"] = data["select"]["statistics"]
     for one in places:
         for other in places:
             first, second = Path(places[one]).absolute(), Path(places[other]).absolute()

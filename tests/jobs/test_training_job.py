@@ -35,6 +35,7 @@ def write(folder, job):
         ({"data": {"split": "train"}}, "data lacks 'path'"),
         ({"data": {"path": "x", "splitt": "train"}}, "data.splitt is no key.* Did you mean 'split'"),
         ({"merged": "adapter/merged"}, "lie in one another"),
+        ({"select": {**SELECT, "statistics": "adapter/statistics"}}, "lie in one another"),
         ({"report": "report.pdf"}, "no HTML file"),
         ({"merged": "merged", "report": "merged/report.html"}, "lies in merged='merged', which is written as a whole"),
         ({"load_in_4bit": True, "load_in_8bit": True}, "both load_in_4bit and load_in_8bit"),
