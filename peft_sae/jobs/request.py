@@ -33,7 +33,7 @@ _CHOOSING = (
     *("drop", "keep", "retain_by", "retain_ratio", "seed"),
     *("protect", "protect_contrast", "protect_top_k", "protect_max_q"),
 )
-_TEXTS = ("aligned", "unaligned", "preferences", "retain", "protect_contrast")
+_FILES = ("aligned", "unaligned", "preferences", "retain", "protect_contrast", "saes", "from_statistics")
 _LONGEST_READ = 2**28  # bytes; of larger files size and time must do
 
 
@@ -76,19 +76,16 @@ class Request:
         """Whether an earlier start of the same job has written the Subspace."""
         return Path(self._job.subspace_source).is_dir() and self._agrees(_SELECTING)
 
-    def has_statistics(self, place: str | Path) -> bool:
-        """Whether an earlier start has collected what this one selects from, though it may have chosen otherwise.
-
-        Args:
-            place: the folder of the statistics.
-        """
+    @property
+    def has_statistics(self) -> bool:
+        """Whether an earlier start has collected what this one selects from, though it may have chosen otherwise."""
         before, now = ({**data, "select": _collecting(data.get("select"))} for data in (self._before, self._data))
         if not self._before or any(before.get(key) != now.get(key) for key in _SELECTING):
             return False
         try:
-            FeatureStatistics.from_pretrained(place)
+            FeatureStatistics.from_pretrained(self.statistics)
         except ArtifactError as error:
-            logger.debug("'%s' is collected anew (%s).", place, error)
+            logger.debug("'%s' is collected anew (%s).", self.statistics, error)
             return False
         return True
 
@@ -118,7 +115,9 @@ class Request:
         return trained
 
     def write(self) -> None:
-        """Write the job down."""
+        """Write the job down; statistics of another one go first, or they would pass for this one's."""
+        if not self.has_statistics and self.statistics.exists():
+            discard(self.statistics)
         with replace_file(self.folder / _FILE) as scratch:
             write_json(scratch, {"schema": _SCHEMA, "schema_version": _SCHEMA_VERSION, "job": self._data})
 
@@ -154,7 +153,7 @@ def _describe(job: TrainingJob) -> dict[str, Any]:
 
 
 def _texts(job: TrainingJob) -> Iterator[tuple[str, Any]]:
-    for key in _TEXTS:
+    for key in _FILES:
         found = (job.select or {}).get(key)
         for number, source in enumerate(found if isinstance(found, list | tuple) else [found]):
             yield f"{key}.{number}", source
@@ -166,7 +165,11 @@ def _collecting(select: Any) -> Any:
 
 
 def _digest(source: Any) -> str | None:
-    """SHA-256 of a file or of all files of a folder; None of what is not here."""
+    """SHA-256 of a file or of all files of a folder; None of what is not here, as data sets of the Hub are."""
+    if isinstance(source, dict):
+        return str([_digest(source.get(key)) for key in ("path", "data_files", "data_dir")])
+    if isinstance(source, list | tuple):
+        return str([_digest(one) for one in source])
     try:
         if not isinstance(source, str) or not Path(source).exists():
             return None

@@ -101,14 +101,15 @@ def _selection(job: TrainingJob, request: Request, device: str) -> SelectionJob 
     """The selection that is to be made, or None.
 
     Its statistics are kept while the job is not done: a stopped collection goes on, and a finished one is read again,
-    also when the start before this one chose from it in another way.
+    also when the start before this one chose from it in another way. Where the job names a place for them, what lies
+    there may be from elsewhere, so it is collected anew.
     """
     found = job.selection(device)
-    if found is None or found.from_statistics is not None:
+    if found is None or found.from_statistics is not None or found.statistics is not None:
         return found
-    place = found.statistics or str(request.statistics)
-    if request.has_statistics(place):
-        return replace(found, statistics=None, retain=None, from_statistics=place, measures=(), texts=0)
+    place = str(request.statistics)
+    if request.has_statistics:
+        return replace(found, retain=None, from_statistics=place, measures=(), texts=0)
     return replace(found, statistics=place)
 
 

@@ -19,6 +19,7 @@ from peft_sae.writing import alone
 from tests.jobs.conftest import SELECT
 from tests.tiny import make_model, make_subspace, make_tokenizer
 
+SAE = "saes/blocks.0.hook_resid_post/cfg.json"
 IDS = torch.randint(4, 16, (2, 9), generator=torch.Generator().manual_seed(0))
 TRAINING = {"max_steps": 4, "learning_rate": 0.05, "per_device_train_batch_size": 2, "gradient_checkpointing": False}
 ADAPTER = {"r": 4, "target_modules": ["q_proj", "o_proj"]}
@@ -141,9 +142,8 @@ def test_checkpoints_that_a_stop_left_behind_go_with_the_job(world, monkeypatch)
     assert not left.exists()
 
 
-@pytest.mark.parametrize("kept", [{}, {"statistics": "kept"}])
-def test_texts_are_not_read_again_when_only_the_choice_changes(world, monkeypatch, kept):
-    before = {**SELECT, **kept, "top_k": 3, "texts": 1}
+def test_texts_are_not_read_again_when_only_the_choice_changes(world, monkeypatch):
+    before = {**SELECT, "top_k": 3, "texts": 1}
     with monkeypatch.context() as patch:
         stop_in(patch, "subspace_from_selection", selection_run)
         with pytest.raises(Stopped):
@@ -159,12 +159,25 @@ def test_texts_are_not_read_again_when_only_the_choice_changes(world, monkeypatc
         run(select={**before, "top_k": 2})
 
     assert not (world / "adapter.checkpoints").exists()
-    assert (world / "kept").is_dir() is bool(kept)
     found = Subspace.from_pretrained("adapter-subspace").digest
     (world / "adapter").rename(world / "first")
     (world / "adapter-subspace").rename(world / "second")
     run(select={**SELECT, "top_k": 2})
     assert Subspace.from_pretrained("adapter-subspace").digest == found
+
+
+@pytest.mark.parametrize("kept", [{}, {"statistics": "kept"}])
+def test_statistics_of_another_job_never_pass_for_this_ones(world, monkeypatch, kept):
+    other = {**SELECT, **kept, "aligned": "unaligned.jsonl", "unaligned": "aligned.jsonl", "top_k": 2}
+    with monkeypatch.context() as patch:
+        stop_in(patch, "subspace_from_selection", selection_run)
+        with pytest.raises(Stopped):
+            run(select=other)
+    with monkeypatch.context() as patch:
+        stop_in(patch, "collect_statistics", selection_run)
+        for _ in range(2):  # the first of these has written down what it was to do
+            with pytest.raises(Stopped):
+                run(select={**SELECT, **kept, "top_k": 2})
 
 
 @pytest.mark.parametrize("name", ["checkpoint-500/model.safetensors", "final/thesis.txt", "README.md"])
@@ -236,14 +249,14 @@ def test_a_damaged_request_says_what_to_remove(world):
         run()
 
 
-@pytest.mark.parametrize("name", ["aligned.jsonl", "unaligned.jsonl", "base/generation_config.json"])
+@pytest.mark.parametrize("name", ["aligned.jsonl", "unaligned.jsonl", "base/generation_config.json", SAE])
 def test_files_that_changed_since_the_stop_are_noticed(world, monkeypatch, name):
     with monkeypatch.context() as patch:
         stop_in(patch, "merge_checkpoint")
         with pytest.raises(Stopped):
             run(merged="merged")
     before = (world / name).read_text()
-    (world / name).write_text(before + before.splitlines()[0] if name.endswith("l") else "{}")
+    (world / name).write_text(before + before.splitlines()[0] if name.endswith("l") else before + " ")
     with pytest.raises(ArtifactError, match=r"adapter' exists and holds"):
         run(merged="merged")
     (world / name).write_text(before)
@@ -371,6 +384,15 @@ def test_statistics_that_are_asked_for_stay(world):
     assert FeatureStatistics.from_pretrained("kept").saes
 
 
+def test_data_files_of_a_mapping_are_looked_at(tmp_path):
+    path = tmp_path / "data.json"
+    found = set()
+    for content in ("[1]", "[2]"):
+        path.write_text(content)
+        found |= {request._digest({"path": "json", "data_files": one}) for one in (str(path), [str(path)])}
+    assert len(found) == 4
+
+
 def test_large_files_are_told_apart_by_size_and_time(tmp_path, monkeypatch):
     monkeypatch.setattr(request, "_LONGEST_READ", 3)
     (tmp_path / "set").mkdir()
@@ -381,4 +403,4 @@ def test_large_files_are_told_apart_by_size_and_time(tmp_path, monkeypatch):
         os.utime(path, (time, time))
         found.add(request._digest(str(tmp_path / "set")))
     assert len(found) == 5  # the last two are read, and are the same
-    assert request._digest("someone/set") is request._digest({"path": "someone/set"}) is None
+    assert request._digest("someone/set") is None
