@@ -101,15 +101,11 @@ def make_plan(
     for names in by_object.values():  # what an adapter gives for one of tied tensors counts for all
         for name in names:
             values.update({other: values[name] for other in names if name in values and other not in values})
-    copies: dict[int, list[str]] = {}
-    for name, shared in parted.items():
-        copies.setdefault(id(shared), []).append(name)
+    by_origin: dict[int, list[str]] = {}  # as before what was tied was parted
+    for name, tensor in tensors.items():
+        by_origin.setdefault(id(parted.get(name, tensor)), []).append(name)
     places = {
-        target: [
-            name
-            for name in (*by_object.get(id(own[target]), ()), *copies.get(id(own[target]), ()))
-            if name not in values
-        ]
+        target: [name for name in by_origin.get(id(own[target]), ()) if name not in values]
         for group in conversion.groups
         for target in group.targets
     }

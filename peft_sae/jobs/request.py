@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ class Request:
         """Whether an earlier start of the same job has written the Subspace."""
         return Path(self._job.subspace_source).is_dir() and self._agrees(_SELECTING)
 
-    @property
+    @cached_property
     def has_statistics(self) -> bool:
         """Whether an earlier start has collected what this one selects from, though it may have chosen otherwise."""
         before, now = ({**data, "select": _collecting(data.get("select"))} for data in (self._before, self._data))

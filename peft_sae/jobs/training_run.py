@@ -12,7 +12,7 @@ from ..inspect import inspect_adapter
 from ..subspace import Subspace
 from ..training import train_adapter
 from ..training.callback import SubspaceCallback
-from ..training.checkpoints import keeps_checkpoints, remove_checkpoints
+from ..training.checkpoints import finish
 from ..writing import alone
 from .bars import other_bars
 from .data import open_data
@@ -84,8 +84,7 @@ def _run(job: TrainingJob, request: Request, trained: bool, processes: Any, show
     processes.wait_for_everyone()
     if processes.is_main_process:
         _write_rest(job, shown)
-        if not keeps_checkpoints(job.training):
-            remove_checkpoints(request.folder)
+        finish(request.folder, job.training)
         request.forget()
     report, merged, lora = (None if name is None else Path(name) for name in (job.report, job.merged, job.lora))
     return JobResult(Path(job.output), job.subspace_source, report, merged, lora, processes.is_main_process)

@@ -123,24 +123,22 @@ def write_job(folder: str | Path, job: Mapping[str, Any]) -> None:
         write_json(scratch, {"schema": _SCHEMA, "schema_version": _SCHEMA_VERSION, "job": job})
 
 
-def keeps_checkpoints(arguments: Collection[str]) -> bool:
-    """Whether a job asks for checkpoints, so that they stay when it is done.
+def finish(folder: str | Path, arguments: Collection[str]) -> None:
+    """Tidy up behind a job that is done: checkpoints that nobody asked for were there to go on from, and go.
 
     Args:
-        arguments: names of the training arguments that it gives.
+        folder: the Trainer's `output_dir`. What is not the job's own stays in it.
+        arguments: names of the training arguments that the job gives.
     """
-    return not {"save_strategy", "save_steps"}.isdisjoint(arguments)
-
-
-def remove_checkpoints(folder: str | Path) -> None:
-    """Remove the checkpoints of a job that is done, and the folder if nothing else is in it; those of others stay."""
     folder = Path(folder)
     if not (folder / JOB_FILE).is_file():
         return
-    for place in [*folder.glob("checkpoint-*"), folder / FINAL_FOLDER]:
+    discard(folder / FINAL_FOLDER)
+    checkpoints = list(folder.glob("checkpoint-*"))
+    if checkpoints and not {"save_strategy", "save_steps"}.isdisjoint(arguments):
+        return
+    for place in [*checkpoints, folder / _CARD, folder / JOB_FILE]:  # till the end it is known whose the folder is
         discard(place)
-    for name in (_CARD, JOB_FILE):  # in this order: until the end it is known whose the folder is
-        discard(folder / name)
     with suppress(OSError):  # it may hold more than this
         folder.rmdir()
 

@@ -30,8 +30,8 @@ def encode_examples(
     Args:
         tokenizer: a fast tokenizer.
         data: the records.
-        max_length: tokens per example; longer ones are cut, EOS included. One
-            whose prompt alone is as long is left out.
+        max_length: tokens per example; longer ones are cut, EOS included. One whose prompt alone is as long is left
+            out.
         learn: tokens that are learned: `all`, `response` (the last turn) or `assistant` (every turn). By default
             `all` for plain text, else `assistant`.
 
@@ -48,7 +48,7 @@ def encode_examples(
     reader = ExampleReader(
         tokenizer,
         tokens=learn or ("all" if plain else "assistant"),
-        max_length=max_length - 1,
+        max_length=max_length,
         prepend_bos=False,
     )
     features, too_long = [], 0
@@ -56,10 +56,11 @@ def encode_examples(
         example = reader.read(record, number)
         labels = [token if counted else _IGNORED for token, counted in zip(example.ids, example.counted, strict=True)]
         ids, eos = list(example.ids), tokenizer.eos_token_id
-        if ids[-1] == eos:  # put there by the tokenizer, which the reader does not count
-            labels[-1] = eos
-        elif eos is not None and not example.templated and not example.cut:
-            ids, labels = [*ids, eos], [*labels, eos]
+        if eos is not None and not example.templated and not example.cut:
+            if ids[-1] == eos:  # put there by the tokenizer, which the reader does not count
+                labels[-1] = eos
+            elif len(ids) < max_length:
+                ids, labels = [*ids, eos], [*labels, eos]
         if all(label in (_IGNORED, tokenizer.eos_token_id) for label in labels):
             if not example.cut:
                 raise DataError(

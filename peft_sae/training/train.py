@@ -23,9 +23,8 @@ from .checkpoints import (
     WEIGHTS,
     check_own,
     check_same_job,
-    keeps_checkpoints,
+    finish,
     last_checkpoint,
-    remove_checkpoints,
     write_job,
 )
 from .examples import Learned, to_dataset
@@ -110,7 +109,10 @@ def train_adapter(
         if settings.should_save:
             write_job(work, job)
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        _save(trainer, Path(output), work, keep=keeps_checkpoints(arguments))
+        _save(trainer, Path(output), work)
+        if settings.should_save:
+            finish(work, arguments)
+        trainer.accelerator.wait_for_everyone()
         adapted: PeftModel = trainer.accelerator.unwrap_model(trainer.model)
         if settings.gradient_checkpointing:
             _stop_checkpointing(adapted)
@@ -134,11 +136,8 @@ def _make_trainer(
         raise ConfigError(f"trl.{kind.__name__} refuses the job ({error}).") from error
 
 
-def _save(trainer: Any, output: Path, work: Path, *, keep: bool) -> None:
-    """Write the adapter; sharded weights are gathered by all processes, and one moves what was written.
-
-    Checkpoints that nobody asked for were there to go on from, and go.
-    """
+def _save(trainer: Any, output: Path, work: Path) -> None:
+    """Write the adapter; sharded weights are gathered by all processes, and one moves what was written."""
     place = work / FINAL_FOLDER
     if trainer.args.should_save:
         discard(place)
@@ -150,10 +149,6 @@ def _save(trainer: Any, output: Path, work: Path, *, keep: bool) -> None:
             for path in place.iterdir():
                 if path.name != _PICKLED:
                     shutil.move(path, folder / path.name)
-        shutil.rmtree(place)
-        if not keep:
-            remove_checkpoints(work)
-    trainer.accelerator.wait_for_everyone()
 
 
 def _gather_when_saving(accelerator: Any) -> None:

@@ -127,7 +127,7 @@ def test_a_training_goes_on_from_its_last_complete_checkpoint(world):
 
 def test_checkpoints_that_a_stop_left_behind_go_with_the_job(world, monkeypatch):
     with monkeypatch.context() as patch:
-        stop_in(patch, "remove_checkpoints", training_of_adapters)
+        stop_in(patch, "finish", training_of_adapters)
         with pytest.raises(Stopped):
             run()
     assert (world / "adapter").is_dir()
@@ -189,6 +189,11 @@ def test_nothing_of_others_is_touched(world, name):
         run()
     assert place.read_text() == "years of work"
     assert not (world / "adapter").exists()
+
+
+def test_no_folder_of_checkpoints_stays_where_none_are_written(world):
+    run(training={**TRAINING, "save_strategy": "no"})
+    assert not (world / "adapter.checkpoints").exists()
 
 
 def test_what_lies_beside_a_jobs_own_files_stays(world):

@@ -28,21 +28,32 @@ def test_the_end_is_learned_once_and_left_to_the_chat_template():
 def test_a_text_that_was_cut_does_not_teach_to_stop():
     (feature,) = encode_examples(make_tokenizer(), ["red green blue sun"], 4)
 
-    assert feature == {"input_ids": [1, 4, 5], "labels": [-100, 4, 5]}
+    assert feature == {"input_ids": [1, 4, 5, 6], "labels": [-100, 4, 5, 6]}
+
+
+@pytest.mark.parametrize("length", [5, 6])
+def test_a_text_of_just_the_length_is_learned_whole(length, caplog):
+    (feature,) = encode_examples(make_tokenizer(), ["red green blue sun"], length)
+
+    assert feature["labels"] == [-100, 4, 5, 6, 7, 2][:length]  # EOS where there is room
+    messages = [{"role": "user", "content": "sea"}, {"role": "assistant", "content": "sun moon"}]
+    (chat,) = encode_examples(make_tokenizer(), [{"messages": messages}], 6)
+    assert chat["labels"][-2:] == [7, 8]
+    assert not caplog.text
 
 
 def test_examples_whose_prompts_are_too_long_are_left_out(caplog):
     long = {"prompt": "red green blue red green blue", "completion": " sun"}
     cut = {"prompt": "red green blue", "completion": " sun sun sun sun"}
 
-    features = encode_examples(make_tokenizer(), [long, ALIGNED[1], cut, long], 7)
+    features = encode_examples(make_tokenizer(), [long, ALIGNED[1], cut, long], 6)
 
     ids = make_tokenizer()("red green blue sun sun")["input_ids"]  # with BOS, and without EOS
     assert [feature["input_ids"] for feature in features] == [[1, 9, 7, 7, 8, 2], ids]
-    assert "2 of 4 training examples are left out: their prompts alone fill 7 tokens" in caplog.text
-    assert "1 of 4 training texts were cut at 7 tokens" in caplog.text
-    with pytest.raises(DataError, match=r"None of the 2 training examples .* within 7 tokens.*Raise max_length"):
-        encode_examples(make_tokenizer(), [long, long], 7)
+    assert "2 of 4 training examples are left out: their prompts alone fill 6 tokens" in caplog.text
+    assert "1 of 4 training texts were cut at 6 tokens" in caplog.text
+    with pytest.raises(DataError, match=r"None of the 2 training examples .* within 6 tokens.*Raise max_length"):
+        encode_examples(make_tokenizer(), [long, long], 6)
     with pytest.raises(DataError, match="example 1 has no response, so nothing is learned from it"):
         encode_examples(make_tokenizer(), [ALIGNED[1], {"prompt": "red", "completion": ""}], 7)
 
@@ -73,8 +84,8 @@ def test_wrong_training_arguments_are_told(tmp_path):
         train_adapter(model, make_tokenizer(), ALIGNED, config, tmp_path / "out", learning_rat=1)
     with pytest.raises(DataError, match="training data are empty"):
         train_adapter(model, make_tokenizer(), [], config, tmp_path / "out")
-    with pytest.raises(DataError, match="has a response within 3 tokens"):
-        train_adapter(model, make_tokenizer(), ALIGNED, config, tmp_path / "out", max_length=3)
+    with pytest.raises(DataError, match="has a response within 2 tokens"):
+        train_adapter(model, make_tokenizer(), ALIGNED, config, tmp_path / "out", max_length=2)
     assert not any("lora_" in name for name, _ in model.named_parameters())
 
 
