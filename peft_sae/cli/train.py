@@ -20,7 +20,7 @@ def train(
     lora: Annotated[str | None, typer.Option(help="Overrides the file's.")] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Only check the file, and show modules, parameters and memory."),
+        typer.Option("--dry-run", help="Only check the file and local data, and show modules, parameters and memory."),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress bars.")] = False,
 ) -> None:

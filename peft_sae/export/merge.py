@@ -40,10 +40,10 @@ def merge_checkpoint(
     The weights are read, merged and written one module at a time, so that memory holds the largest module that an
     adapter changes and no model. Half-precision weights are merged in float32 and rounded once. In float32 the result
     equals PEFT's `merge_and_unload` and transformers' `save_pretrained` bit for bit, with one exception: where an
-    update changes the head or the embedding of a model that ties the two, PEFT merges it into both. Here the other one stays
-    as it is, as in the adapted model, so the merged model ties them no more. Configuration, tokenizer, chat template
-    and code files are copied as they are (the tokenizer from the adapter, if it was saved with one). The output folder
-    appears when it is complete, or not at all.
+    update changes the head or the embedding of a model that ties the two, PEFT merges it into both. Here the other one
+    stays as it is, as in the adapted model, so the merged model ties them no more. Configuration, tokenizer, chat
+    template and code files are copied as they are (the tokenizer from the adapter, if it was saved with one). The
+    output folder appears when it is complete, or not at all.
 
     Args:
         base: folder or Hub id of the base model, in safetensors.

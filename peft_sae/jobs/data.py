@@ -53,10 +53,24 @@ def open_data(source: Source, label: str) -> Data:
         return _from_disk(path, label)
     if suffix in _BUILDERS and path.is_file():
         return _load(label, path=_BUILDERS[suffix], data_files=str(path), split="train")
-    if path.exists() or suffix in (*_BUILDERS, *_LINES) or looks_like_path(source):
+    if path.exists() or _is_local(source):
         check_data(source, label)
         return source
     return _load(label, path=source, split="train")
+
+
+def check_source(source: Source | None, label: str) -> None:
+    """Check the records of a source that is a file or a folder here, and ask no network for others.
+
+    Raises:
+        DataError: it is not there, or damaged.
+    """
+    if isinstance(source, str) and (_is_local(source) or Path(source).exists()):
+        open_data(source, label)
+
+
+def _is_local(source: str) -> bool:
+    return Path(source).suffix.lower() in (*_BUILDERS, *_LINES) or looks_like_path(source)
 
 
 def _load(label: str, **arguments: Any) -> Data:

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from ..checkpoint import open_base
-from ..errors import ArtifactError, ConfigError
+from ..errors import ArtifactError, ConfigError, PeftSaeError
 from ..sae.identity import SaeIdentity
 from ..sae.placement import find_layout
 from ..sae.places import ExpectedPlace, expected_places
 from ..subspace import Subspace, SubspaceSite
 from ..training.settings import training_arguments
+from .data import check_source
 from .memory import Memory, estimate_memory
 from .training import TrainingJob
 
@@ -75,20 +76,21 @@ class DryRun:
 def plan_job(job: TrainingJob) -> DryRun:
     """Find out what a job will do, without weights and, where it has an `architecture`, without any network.
 
+    Data that are files here are read through; data sets of the Hub are not asked for.
+
     Args:
         job: the job, as `read_job` has checked it.
 
     Raises:
-        ConfigError, ArtifactError, MismatchError: the job cannot be carried out.
+        ConfigError, DataError, ArtifactError, MismatchError: the job cannot be carried out.
     """
-    from peft import get_peft_model
-
     notes: list[str] = []
+    _check_data(job)
     model = _build(job, notes)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     subspace = _subspace(job, model, notes)
     settings = training_arguments(job.method, _without_device(job), "dry-run", max_length=None, progress=False)
-    adapted = get_peft_model(model, job.adapter_config(subspace), low_cpu_mem_usage=True)
+    adapted = _adapt(job, model, subspace)
     modules = _modules(adapted)
     trained, total = adapted.get_nb_trainable_parameters()
     batch = settings.per_device_train_batch_size * (2 if job.method == "dpo" else 1)
@@ -110,6 +112,26 @@ def plan_job(job: TrainingJob) -> DryRun:
     if memory.activations is None:
         notes.append("The activations of this architecture could not be found without values, and are not in the sum.")
     return DryRun(job.model, parameters, total, trained, modules, memory, batch, length, tuple(notes))
+
+
+def _check_data(job: TrainingJob) -> None:
+    check_source(job.data, "training")
+    check_source(job.eval_data, "evaluation")
+    for name in ("aligned", "unaligned", "preferences", "retain"):
+        check_source((job.select or {}).get(name), name)
+
+
+def _adapt(job: TrainingJob, model: Any, subspace: Subspace) -> Any:
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, job.adapter_config(subspace), low_cpu_mem_usage=True)
+    except PeftSaeError:
+        raise
+    except (ValueError, TypeError) as error:  # as PEFT tells of modules that are not there
+        raise ConfigError(
+            f"PEFT refuses the adapter of this job ({error}). Correct the fields under 'adapter'."
+        ) from error
 
 
 def _build(job: TrainingJob, notes: list[str]) -> Any:

@@ -7,12 +7,17 @@ import reprlib
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
+from enum import Enum
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from ..errors import ConfigError, suggest
 
+_WORDS = (
+    *((Mapping, "a mapping"), (Enum, "text"), (str, "text"), (Sequence, "a list")),
+    *((bool, "true or false"), (int, "a whole number"), (float, "a number")),
+)
 _DEEPEST = 100  # brackets
 _MOST_VALUES = 100_000  # of a file; names for parts of it (YAML's aliases) can make a short one endless
 
@@ -70,13 +75,26 @@ def field_problems(kind: type[Any], data: Mapping[Any, Any], path: str | Path | 
     if missing:
         remedy = "Give a file that has them with --config" if path is None else "Add them"
         problems.append(f"{start} lacks the keys {missing}. {remedy}, or give them on the command line.")
-    hints = typing.get_type_hints(kind)
+    return problems + type_problems(
+        kind, {key: data[key] for key in data if f"{prefix}{key}" not in missing}, path, prefix
+    )
+
+
+def type_problems(kind: type[Any], data: Mapping[Any, Any], path: str | Path | None, prefix: str = "") -> list[str]:
+    """Say of every value whose type is not that of its field what is needed; unknown keys are passed over.
+
+    Args:
+        kind: the dataclass whose fields are wanted.
+        data: the values.
+        path: the file that they come from; None for the command line.
+        prefix: of their names in the file, for values of a section.
+    """
+    place, hints, problems = "the command" if path is None else f"'{path}'", typing.get_type_hints(kind), []
     for key, value in data.items():
-        if key in known and not (value is None and f"{prefix}{key}" in missing) and not _fits(value, hints[key]):
-            shown = f"{prefix}{key}"
+        if key in hints and not _fits(value, hints[key]):
             problems.append(
-                f"Key {shown!r} in {place} is {reprlib.repr(value)}, and {_wanted(hints[key])} is needed. See configs/ "
-                "for an example."
+                f"Key '{prefix}{key}' in {place} is {reprlib.repr(value)}, and {_wanted(hints[key])} is needed. See "
+                "configs/ for an example."
             )
     return problems
 
@@ -142,8 +160,8 @@ def _wanted(hint: Any) -> str:
             words.append("nothing")
         else:
             origin = get_origin(option) or option
-            words.append("a list" if origin is Sequence else "a mapping" if origin is Mapping else origin.__name__)
-    return " or ".join(words)
+            words.append(next((word for one, word in _WORDS if issubclass(origin, one)), origin.__name__))
+    return " or ".join(dict.fromkeys(words))
 
 
 def _number(value: Any) -> Any:
@@ -168,4 +186,6 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(_fits(one, inner[0]) for one in value)
     if isinstance(value, bool):
         return hint is bool
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return isinstance(value, (str, hint))
     return isinstance(value, (int, float) if hint is float else hint)

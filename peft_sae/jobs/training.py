@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import ConfigError, suggest
-from ..training.settings import wrong_arguments
+from ..training.settings import Method, config_class, wrong_arguments
 from ..tuner import SaeSubspaceConfig
 from .data import source_problems
-from .fields import field_problems, raise_all, read_values
+from .fields import field_problems, raise_all, read_values, type_problems
 from .selection import SelectionJob
 
 _GIVEN = ("model", "output", "dtype", "device")  # what a selection takes from the job around it
@@ -136,7 +136,10 @@ def _section_problems(data: Mapping[str, Any], path: str | Path) -> list[str]:
     problems: list[str] = []
     training, adapter, select = (data.get(key) for key in ("training", "adapter", "select"))
     if isinstance(training, Mapping):
-        problems += wrong_arguments("dpo" if data.get("method") == "dpo" else "sft", training)
+        method: Method = "dpo" if data.get("method") == "dpo" else "sft"
+        problems += wrong_arguments(method, training)
+        given = {key: value for key, value in training.items() if value is not None}
+        problems += type_problems(config_class(method), given, path, "training.")
     if isinstance(adapter, Mapping):
         if "subspace" in adapter:
             problems.append(f"'{path}' names a subspace under 'adapter'. Put it at the top, under 'subspace'.")

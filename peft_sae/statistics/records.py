@@ -30,7 +30,7 @@ def check_data(data: Data, label: str) -> None:
                 "'prompt' and 'completion', with 'messages', or with 'chosen' and 'rejected'."
             )
     if number < 0:
-        raise DataError(f"The {label} data '{data}' is empty, so it cannot be compared. Give at least one text.")
+        raise DataError(f"The {label} data '{data}' is empty, so there is nothing to read. Give at least one text.")
 
 
 def _problem(record: Any) -> str | None:

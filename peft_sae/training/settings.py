@@ -32,7 +32,8 @@ _OF_READING = (
 )
 
 
-def _config_class(method: Method) -> Any:
+def config_class(method: Method) -> Any:
+    """Return TRL's class of a method's arguments, which is a dataclass."""
     import trl
 
     return trl.DPOConfig if method == "dpo" else trl.SFTConfig
@@ -45,7 +46,7 @@ def wrong_arguments(method: Method, arguments: Mapping[str, Any]) -> list[str]:
         method: `sft` or `dpo`.
         arguments: of TRL's `SFTConfig` or `DPOConfig`, and so of `transformers.TrainingArguments`.
     """
-    kind = _config_class(method)
+    kind = config_class(method)
     known = {entry.name for entry in fields(kind)}
     problems = []
     for name in map(str, arguments):
@@ -97,9 +98,9 @@ def training_arguments(
         with warnings.catch_warnings():
             # TRL gives transformers the old name of this argument even where nobody asks for it.
             warnings.filterwarnings("ignore", message="`gradient_checkpointing", category=FutureWarning)
-            return _config_class(method)(output_dir=str(folder), max_length=max_length, **{**defaults, **arguments})
+            return config_class(method)(output_dir=str(folder), max_length=max_length, **{**defaults, **arguments})
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"trl.{_config_class(method).__name__} refuses {dict(arguments)} ({error}). See its documentation for the "
+            f"trl.{config_class(method).__name__} refuses {dict(arguments)} ({error}). See its documentation for the "
             "values."
         ) from error

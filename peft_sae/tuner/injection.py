@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_l
 from peft.utils import transformers_weight_conversion
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, suggest
 from .basis_record import NO_BASIS
 from .config import SaeSubspaceConfig
 from .factors import freeze_factors, holds_basis, protect_factors, write_basis
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTuner as _Tuner
 else:
     _Tuner = object
+
+
+logger = logging.getLogger(__name__)
 
 
 class SubspaceInjection(_Tuner):
@@ -55,6 +59,7 @@ class SubspaceInjection(_Tuner):
             if hasattr(getattr(model, "config", None), "model_type"):
                 transformers_weight_conversion.convert_peft_config_for_transformers(config, model, None)
             targets = self._find_targets(config, model, kwargs.get("state_dict"))
+            _tell_unmatched(config, model)
             plan = make_plan(config, model, targets, subspace)
             _adopt_plan(config, plan)
             self._plans: dict[str, dict[str, ModulePlan]] = {**getattr(self, "_plans", {}), adapter_name: plan.modules}
@@ -139,6 +144,20 @@ class SubspaceInjection(_Tuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
         for layer, plan in fresh.items():
             write_basis(layer, adapter_name, plan, neutral=False)
+
+
+def _tell_unmatched(config: SaeSubspaceConfig, model: nn.Module) -> None:
+    """PEFT passes over names of targets that no module has, unless none has any: a typo would leave modules out."""
+    if not isinstance(config.target_modules, (list, set, tuple)):
+        return
+    names = [f".{name}" for name, _ in model.named_modules()]
+    lost = [name for name in sorted(config.target_modules) if not any(one.endswith(f".{name}") for one in names)]
+    if lost:
+        last = {name.rpartition(".")[2] for name in names}
+        hints = " ".join(suggest(name, last) for name in lost)
+        logger.warning(
+            "target_modules has %s, and the model no module of that name: nothing is adapted for it.%s", lost, hints
+        )
 
 
 def _check_import(config: Any, adapter_name: str) -> None:

@@ -8,7 +8,7 @@ import transformers
 from packaging.version import Version
 from peft import get_peft_model
 
-from peft_sae.errors import ArtifactError, ConfigError
+from peft_sae.errors import ArtifactError, ConfigError, DataError
 from peft_sae.jobs import TrainingJob, read_job
 from peft_sae.jobs.dry_run import plan_job
 from peft_sae.jobs.memory import saved_bytes, state_bytes
@@ -44,7 +44,7 @@ def test_shipped_jobs_are_planned_offline(name):
 
 def job(**changes):
     fields = {"adapter": {"r": 4, "target_modules": "all-linear"}, "select": SELECT, **changes}
-    return TrainingJob("base", "aligned.jsonl", "adapter", max_length=16, **fields)
+    return TrainingJob("base", fields.pop("data", "aligned.jsonl"), "adapter", max_length=16, **fields)
 
 
 def test_it_equals_what_the_run_injects(world):
@@ -144,3 +144,24 @@ def test_the_command_prints_it_and_writes_nothing(world, command):
     for text in ("self_attn.q_proj", "read", "10: resid_post", "0.24 %", "base weights", "5.23", "No weights"):
         assert text in shown
     assert sorted(path.name for path in world.iterdir()) == before
+
+
+@pytest.mark.parametrize("key", ["data", "eval_data", "aligned", "preferences"])
+@pytest.mark.parametrize("name", ["empty.jsonl", "nowhere.jsonl"])
+def test_data_that_are_files_are_read_through(world, key, name):
+    (world / "empty.jsonl").write_text("")
+    texts = {"aligned": "aligned.jsonl", "unaligned": "unaligned.jsonl"}
+    if key in ("aligned", "preferences"):
+        texts = {"preferences": name} if key == "preferences" else {**texts, key: name}
+        select = {**{name: value for name, value in SELECT.items() if name not in ("aligned", "unaligned")}, **texts}
+        changes = {"select": select}
+    else:
+        changes = {key: name}
+    with pytest.raises(DataError, match=r"is empty, so there is nothing to read|cannot be opened"):
+        plan_job(job(**changes))
+
+
+@pytest.mark.parametrize("fields", [{"target_modules": ["v_prj"]}, {"layers_to_transform": [99]}])
+def test_an_adapter_that_fits_nothing_is_told(world, fields):
+    with pytest.raises(ConfigError, match=r"PEFT refuses the adapter .*Correct the fields under 'adapter'"):
+        plan_job(job(adapter={"r": 4, "target_modules": ["q_proj"], **fields}))

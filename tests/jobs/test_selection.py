@@ -175,7 +175,7 @@ def test_random_features_depend_on_the_seed(world):
         ({**TEXTS, "selector_": "auroc"}, r"unknown key 'selector_'.*Did you mean 'selector'"),
         ({**TEXTS, "ids": "one"}, "Key 'ids' in the command is 'one', and a list is needed"),
         ({**TEXTS, "pooling": "sum"}, "'token' or 'mean' or 'max' or 'last' is needed"),
-        ({**TEXTS, "seed": True}, "Key 'seed' .* is True, and int is needed"),
+        ({**TEXTS, "seed": True}, "Key 'seed' .* is True, and a whole number is needed"),
     ],
 )
 def test_a_selection_is_checked_before_anything_is_loaded(options, message):

@@ -24,6 +24,10 @@ def write(folder, job):
         ({"adapter": {"rank": 3}}, "no field 'rank'"),
         ({"adapter": {"subspace": "x"}}, "Put it at the top"),
         ({"training": {"learning_rat": 1}}, "no argument 'learning_rat'.* Did you mean 'learning_rate'"),
+        ({"training": {"learning_rate": "fast"}}, "'training.learning_rate' .* is 'fast', and a number is needed"),
+        ({"training": {"max_steps": 2.5}}, "'training.max_steps' .* is 2.5, and a whole number is needed"),
+        ({"training": {"bf16": "yes"}}, "'training.bf16' .* is 'yes', and true or false .*is needed"),
+        ({"training": {"optim": 3}}, "'training.optim' .* is 3, and text is needed"),
         ({"training": {"output_dir": "x"}}, "training.output_dir is decided elsewhere.* goes to `output`"),
         ({"training": {"completion_only_loss": True}}, "completion_only_loss would have no effect.*`learn`"),
         ({"method": "ppo"}, "Key 'method' .* is 'ppo', and 'sft' or 'dpo' is needed"),
@@ -80,6 +84,12 @@ def test_no_file_takes_forever_or_breaks_the_check(tmp_path, text, message):
     (tmp_path / "job.yaml").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_job(tmp_path / "job.yaml")
+
+
+def test_values_of_every_kind_are_taken(tmp_path):
+    training = {"learning_rate": 1, "optim": "sgd", "report_to": ["none"], "lr_scheduler_kwargs": {"a": 1}, "debug": ""}
+    training |= {"eval_strategy": "steps", "eval_steps": 0.5, "max_grad_norm": None, "bf16": False, "save_steps": 10}
+    assert read_job(write(tmp_path, {**JOB, "training": training})).training == training
 
 
 def test_numbers_as_people_write_them(tmp_path):

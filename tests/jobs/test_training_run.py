@@ -133,7 +133,7 @@ def test_checkpoints_that_a_stop_left_behind_go_with_the_job(world, monkeypatch)
     assert (world / "adapter").is_dir()
     left = world / "adapter.checkpoints"
     assert any(left.glob("checkpoint-*"))
-    (left / "final").mkdir()
+    assert (left / "final").is_dir()
     (left / "statistics.state.0-of-2").write_text("")
     stop_in(monkeypatch, "train_adapter")
 

@@ -294,6 +294,16 @@ def test_training_goes_on_after_loading_with_the_same_factors_frozen(tmp_path):
     torch.testing.assert_close(logits(loaded), logits(adapted))
 
 
+def test_a_name_that_no_module_has_is_told(caplog):
+    adapted = adapt(make_model(), target_modules=["q_proj", "v_prj"])
+    assert "target_modules has ['v_prj'], and the model no module of that name" in caplog.text
+    assert "Did you mean 'v_proj'" in caplog.text
+    assert any("q_proj.lora_A" in name for name, _ in adapted.named_parameters())
+    caplog.clear()
+    adapt(make_model(), target_modules=["layers.1.self_attn.q_proj", "o_proj"])
+    assert not caplog.text
+
+
 def test_no_memory_is_taken_for_ranks_that_no_module_can_have(tmp_path):
     adapt(make_model()).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
