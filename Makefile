@@ -13,7 +13,7 @@ demo: install
 	$(BIN)/peft-sae demo --output outputs/demo
 
 test: install $(QUANTISED)
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # The table of what LoRA and SAE_SUBSPACE can do.
 parity: install $(QUANTISED)
@@ -24,7 +24,7 @@ test-lowest:
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints-lowest.txt)
 	$(VENV)-lowest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-lowest.txt -e . pytest pytest-xdist hypothesis
-	HF_HUB_OFFLINE=1 $(VENV)-lowest/bin/python -m pytest -n $(WORKERS) -m 'not demo'
+	HF_HUB_OFFLINE=1 $(VENV)-lowest/bin/python -m pytest -n $(WORKERS) --dist worksteal -m 'not demo'
 
 lint: install
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from peft_sae import build_subspace, load_saes
 
@@ -16,6 +17,8 @@ from . import tiny
 
 # Models this small spend far more on waking threads than on arithmetic, above all on a busy machine.
 torch.set_num_threads(1)
+# Tests that fork: a lock that tqdm's monitor thread holds at that moment would stay locked in the child.
+tqdm.monitor_interval = 0
 
 
 @pytest.fixture(scope="session")

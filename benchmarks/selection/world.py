@@ -10,7 +10,7 @@ from sae_lens import SAE
 from sae_lens.registry import get_sae_class
 from sae_lens.saes.sae import SAEMetadata
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 from peft_sae import load_saes
 from peft_sae.sae.handle import SaeHandle
@@ -84,14 +84,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>")
 
 
-def make_saes(model: GPT2LMHeadModel, size: Size, batch: Batch, seed: int) -> list[SaeHandle]:
+def make_saes(model: PreTrainedModel, size: Size, batch: Batch, seed: int) -> list[SaeHandle]:
     """JumpReLU SAEs whose features fire at rates that differ as those of trained SAEs do.
 
     The rates are log-normal (a standard deviation of 1.5 in the natural logarithm) around the density, or all the same
     where half of the features are to fire; each encoder's bias is set to the feature's quantile on one batch of texts.
     """
     generator = torch.Generator().manual_seed(seed)
-    handles = load_saes([_random_sae(size, block, generator) for block in size.blocks])
+    handles = load_saes([_random_sae(size, block, generator).to(model.device) for block in size.blocks])
     with capturing(model, check_placement(model, handles)) as capture:
         found = capture.run(batch.ids, batch.attention)
     for handle, activations in zip(handles, found, strict=True):
@@ -99,7 +99,7 @@ def make_saes(model: GPT2LMHeadModel, size: Size, batch: Batch, seed: int) -> li
         if size.density < 0.1:
             rates = (1.5 * torch.randn(size.d_sae, generator=generator)).exp()
             rates = (rates * size.density / rates.mean()).clamp(max=0.9)
-        _set_rates(handle.sae, activations[batch.counted], rates)
+        _set_rates(handle.sae, activations[batch.counted].float(), rates.to(model.device))
     return handles
 
 

@@ -13,8 +13,11 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 torch.set_num_threads(1)
+# A fork copies locks as they are and no threads: one that tqdm's monitor holds would never be released in the child.
+tqdm.monitor_interval = 0
 
 from peft import get_peft_model  # noqa: E402
 
@@ -28,6 +31,7 @@ from peft_sae.training import train_adapter  # noqa: E402
 from tests import tiny  # noqa: E402
 
 KILLS = 30
+LONGEST = 120.0  # seconds for a job that takes less than one
 TARGET = "target"
 # Shares of the job's duration.
 MOMENTS = {"merge": (0, 1), "select": (0, 1), "train": (0.2, 1)}
@@ -112,6 +116,18 @@ def forked(run, target):
         os._exit(1)
 
 
+def wait_for(child):
+    """Return the status of a child; one that hangs is killed, and its status tells so."""
+    deadline = time.monotonic() + LONGEST
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return status
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
 def wait_for_scratch(child, place):
     """Wait until the job is writing, or done: few of the random moments fall into so short a time."""
     while not any(path.name.startswith(f".{TARGET}") for path in place.iterdir()):
@@ -133,7 +149,7 @@ def main(kind, place):
     for _ in range(2):
         clean(place, kept)
         started = time.monotonic()
-        assert os.waitpid(forked(run, target), 0)[1] == 0
+        assert wait_for(forked(run, target)) == 0
         duration = time.monotonic() - started
     expected = check(target)
     complete = {path.name for path in place.iterdir()}
@@ -160,7 +176,7 @@ def main(kind, place):
                 shutil.rmtree(target)
         else:
             absent += 1
-        assert os.waitpid(forked(run, target), 0)[1] == 0, f"trial {trial}: a rerun fails"
+        assert wait_for(forked(run, target)) == 0, f"trial {trial}: a rerun fails"
         assert check(target) == expected, f"trial {trial}: a rerun differs"
         names = {path.name for path in place.iterdir()}
         assert names == complete, f"trial {trial}: {sorted(names ^ complete)} is left"

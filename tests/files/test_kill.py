@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 def test_a_kill_leaves_nothing_torn(kind, tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "tests.files.kill_worker", kind, str(tmp_path)]
 
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
 
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
