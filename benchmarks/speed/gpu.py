@@ -24,7 +24,6 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import yaml
@@ -35,7 +34,6 @@ from benchmarks.common import circumstances, make_subspace
 from benchmarks.selection.world import Size, Texts, make_batches, make_saes, make_tokenizer, mean_firing
 from peft_sae import SaeSubspaceConfig, collect_statistics
 from peft_sae.sae.placement import check_placement
-from peft_sae.statistics import accumulate
 from peft_sae.statistics.capture import capturing
 
 _CONFIGS = Path(__file__).parents[2] / "configs"
@@ -191,18 +189,12 @@ def measure_selection(model: PreTrainedModel, repetitions: int, seed: int) -> di
             model, tokenizer, {"aligned": texts}, handles, batch_size=_BATCH, distributed=False, progress=False
         )
 
-    def collect_entries() -> Any:
-        """The way that a CPU takes."""
-        with mock.patch.object(accumulate, "_DENSE_DEVICES", ()):
-            return collect()
-
     tokens = sum(int(batch.counted.sum()) for batch in batches)
     pairs = zip(collect().of("aligned"), encode(), strict=True)
     difference = max(
         float((ours.mean.cpu() - (total / tokens).cpu()).abs().max() / ours.mean.abs().max()) for ours, total in pairs
     )
     ways = {"forward": forward, "forward, SAE.encode, means": encode, "collect_statistics": collect}
-    ways["collect_statistics, entry by entry"] = collect_entries
     times = interleaved(ways, repetitions, 1)
     seconds = {name: statistics.median(found) for name, found in times.items()}
     firing = mean_firing(handles, [stream.float() for stream in forward()[0]])

@@ -8,14 +8,9 @@ import torch
 
 from peft_sae import collect_statistics, load_saes
 from peft_sae.errors import ConfigError, DataError, MismatchError
-from peft_sae.statistics import accumulate
-from peft_sae.statistics.accumulate import POOLINGS
-from peft_sae.statistics.gradient import log_likelihood
 from tests.tiny import WORDS, make_model, make_sae
 
 from .dense import small_blocks
-
-original = accumulate._entries
 
 HOOKS = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"]
 
@@ -138,28 +133,6 @@ def test_blocks_give_the_same(llama, tokenizer, saes, monkeypatch):
     _assert_same(_collect(llama, tokenizer, saes), reference)
     assert (3, 16) in sizes
     assert all(rows <= 3 and features <= 32 for rows, features in sizes)
-
-
-@pytest.mark.parametrize(
-    ("pooling", "attribute"),
-    [*((pooling, None) for pooling in POOLINGS), *((p, log_likelihood) for p in POOLINGS if p != "max")],
-)
-def test_going_over_all_activations_gives_the_same(llama, tokenizer, saes, monkeypatch, pooling, attribute):
-    """As on a GPU, where no entries are picked out."""
-    settings = {"pooling": pooling, "batch_size": 3, "tokens": "all" if attribute is None else "response"}
-    data = DATA if attribute is None else {"aligned": _pairs(9, 2)}
-    reference = _collect(llama, tokenizer, saes, data, attribute=attribute, **settings)
-    entries = []
-    monkeypatch.setattr(accumulate, "_DENSE_DEVICES", ("cpu",))
-    monkeypatch.setattr(accumulate, "_entries", lambda *arguments: entries.append(1) or original(*arguments))
-    small_blocks(monkeypatch, 3, 16)
-    found = _collect(llama, tokenizer, saes, data, attribute=attribute, **settings)
-    _assert_same(found, reference)
-    for label in data:
-        for one, other in zip(found.of(label), reference.of(label), strict=True):
-            for name in ("example_squares", "example_products"):
-                torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-5, atol=1e-5)
-    assert bool(entries) == (pooling != "token")  # pooled ones are few
 
 
 def test_long_texts_are_cut_and_recorded(llama, tokenizer, saes, caplog):
