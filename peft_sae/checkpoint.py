@@ -72,9 +72,10 @@ def base_folder(source: str | Path, *, what: str = "base model") -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=_PATTERNS))
     except Exception as error:  # of the network, of the Hub, of the cache
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise ArtifactError(
-            f"The {what} '{source}' is no folder, and cannot be fetched from the Hub ({error}). Check the path or the "
-            "id."
+            f"There is no folder '{source}', and as a name on the Hub it brings no {what} ({reason}). Check the path "
+            "or the id."
         ) from error
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..adapter import read_adapter_config
 from ..checkpoint import CONFIG_NAME, base_folder
 from ..errors import ArtifactError, ConfigError, suggest
 from ..writing import check_space, check_target, replace_folder
@@ -71,6 +72,8 @@ def merge_checkpoint(
 
     weights = read_adapters(factors)
     source = base_folder(base)
+    _check_apart(Path(output), [source, *map(Path, factors)])
+    _tell_other_base(base, factors)
     quantised = _quantisation(source)
     if quantised is not None and not in_memory:
         raise ConfigError(
@@ -91,6 +94,30 @@ def merge_checkpoint(
         if copied:
             logger.info("The tokenizer is that of the adapter '%s'.", copied[-1])
     return Path(output)
+
+
+def _check_apart(output: Path, sources: Iterable[Path]) -> None:
+    """Refuse an output within what is read: a base that holds another model is none that loaders understand."""
+    for source in sources:
+        if source.resolve() in output.resolve().parents:
+            raise ConfigError(
+                f"The output '{output}' lies inside '{source}', which is read and stays as it is. Choose a folder "
+                "beside it."
+            )
+
+
+def _tell_other_base(base: str | Path, adapters: Iterable[str]) -> None:
+    """Warn of adapters that name another base; whoever keeps a copy of it calls the folder alike."""
+    for adapter in adapters:
+        named = read_adapter_config(adapter).get("base_model_name_or_path")
+        if isinstance(named, str) and named and Path(named).name != Path(base).resolve().name:
+            logger.warning(
+                "The adapter '%s' was trained on %r, and is merged into '%s'. If that is another model and no copy, "
+                "the result is of no use.",
+                adapter,
+                named,
+                base,
+            )
 
 
 def _merge_streamed(

@@ -86,11 +86,14 @@ def estimate_memory(
 def state_bytes(optimizer: str) -> float:
     """Bytes of state per trained parameter that an optimiser of transformers keeps; of an unknown one, Adam's."""
     name = optimizer.lower()
-    if "adafactor" in name:
-        return 0.0  # one row and one column per matrix
-    if name.startswith(("sgd", "rmsprop", "adagrad", "lion", "paged_lion")):
-        return 1.0 if "8bit" in name else 4.0
-    return 2.0 if "8bit" in name or "4bit" in name else 8.0
+    if name == "sgd" or "adafactor" in name or "lomo" in name:
+        return 0.0  # nothing (transformers gives SGD no momentum), or one row and one column per matrix
+    values = 2
+    if "rmsprop" in name or "adagrad" in name or "lion" in name:
+        values = 1
+    elif "ademamix" in name:
+        values = 3
+    return values * (1.0 if "8bit" in name else 0.5 if "4bit" in name else 4.0)
 
 
 def _activations(

@@ -183,6 +183,12 @@ def _combination_problems(data: Mapping[str, Any], path: str | Path) -> list[str
                     f"{one}={places[one]!r} and {other}={places[other]!r} in '{path}' lie in one another, and each "
                     "takes a folder of its own. Give two folders."
                 )
+    for one, place in places.items():
+        if Path(data["model"]).is_dir() and Path(data["model"]).absolute() in Path(place).absolute().parents:
+            problems.append(
+                f"{one}={place!r} in '{path}' lies in the model's folder, which is read and stays as it is. Give a "
+                "folder beside it."
+            )
     around = [] if data.get("report") is None else Path(data["report"]).absolute().parents
     for one, place in places.items():
         if Path(place).absolute() in around:

@@ -14,9 +14,12 @@ from .load import ids_of_release
 _CONFIG_FILE = "cfg.json"
 # How releases write a block and a kind of site in the names of their SAEs.
 _BLOCK = re.compile(r"(?:layer_?|blocks\.|(?<![a-z])l)(\d+)(?!\d)", re.IGNORECASE)
+# Where an id is the name of a hook point, it is taken at its word; some follow it by the SAE's size or number.
+_HOOK = re.compile(r"blocks\.\d+\.(?:(?:attn|mlp|ln1|ln2)\.)?hook_[a-z]+(?:_[a-z]+)?(?![a-z])")
+_ELSEWHERE = re.compile(r"embed", re.IGNORECASE)
 _KINDS = (
     (re.compile(r"transcoder|(?<![a-z])tc(?![a-z])", re.IGNORECASE), "hook_mlp_out"),
-    (re.compile(r"hook_z|(?<![a-z])att(?![a-z])|L\d+A-"), "attn.hook_z"),
+    (re.compile(r"(?<![a-z])att(?![a-z])"), "attn.hook_z"),
     (re.compile(r"mlp|L\d+M-"), "hook_mlp_out"),
     (re.compile(r"(?<![a-z])res(?:id)?(?![a-z])|L\d+R-", re.IGNORECASE), "hook_resid_post"),
 )
@@ -56,16 +59,25 @@ def expected_places(
         return [place for place in places if layers is None or _block(place.hook_name) in layers]
     found = []
     for sae_id, path in ids_of_release(str(source), ids, layers).items():
-        text = f"{sae_id} {path} {source}"
-        block = _BLOCK.search(sae_id) or _BLOCK.search(path)
-        kind = next((kind for pattern, kind in _KINDS if pattern.search(text)), None)
-        if block is None or kind is None:
+        hook_name = _hook_of_name(sae_id, f"{path} {source}")
+        if hook_name is None:
             raise ConfigError(
                 f"The name of the SAE {sae_id!r} of release {source!r} does not say where it belongs, which is known "
                 "only when it is loaded. Select first (peft-sae select), and name the Subspace here."
             )
-        found.append(ExpectedPlace(f"{source}/{sae_id}", f"blocks.{block[1]}.{kind}", True))
+        found.append(ExpectedPlace(f"{source}/{sae_id}", hook_name, True))
     return found
+
+
+def _hook_of_name(sae_id: str, about: str) -> str | None:
+    """The hook point that the id of an SAE, and what else is known about it, tell of; None if they do not."""
+    if named := _HOOK.search(sae_id):
+        return re.sub(r"\d\.hook_z$", lambda end: end[0].replace(".", ".attn."), named[0])
+    if _ELSEWHERE.search(sae_id):
+        return None
+    block = _BLOCK.search(sae_id) or _BLOCK.search(about)
+    kind = next((kind for pattern, kind in _KINDS if pattern.search(f"{sae_id} {about}")), None)
+    return None if block is None or kind is None else f"blocks.{block[1]}.{kind}"
 
 
 def _of_folder(folder: Path, ids: Sequence[str] | None) -> list[ExpectedPlace]:

@@ -122,7 +122,7 @@ def test_help_shows_an_example(run, name):
         ((*SELECT, "--aligned", "nowhere.jsonl"), 1, "DataError: The aligned data 'nowhere.jsonl' cannot be opened"),
         (("train", "nowhere.yaml"), 1, "ConfigError: 'nowhere.yaml' cannot be opened"),
         (("train", "job.yaml"), 1, "ArtifactError: Subspace 'subspace' is no folder here"),
-        (("merge", "base", "nowhere", "out"), 1, "ArtifactError: The adapter 'nowhere' is no folder, and cannot be"),
+        (("merge", "base", "nowhere", "out"), 1, "ArtifactError: There is no folder 'nowhere', and as a name on the"),
         (("export-lora", "base", "out"), 1, "ArtifactError: 'base' has no adapter_config.json"),
     ],
 )

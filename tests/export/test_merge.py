@@ -668,3 +668,24 @@ def test_only_one_module_is_in_memory(tmp_path, monkeypatch):
     merge_checkpoint(base, adapter, tmp_path / "merged")
 
     assert sorted(shape for shape in read if len(shape) > 1) == [(32, 32)] * 3  # the three q_proj; the rest is copied
+
+
+def test_an_output_within_the_base_is_refused(tmp_path):
+    model = make_model()
+    base = save_base(model, tmp_path / "base")
+    adapter = save_adapter(model, LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
+    before = sorted(path.name for path in base.iterdir())
+    with pytest.raises(ConfigError, match="lies inside"):
+        merge_checkpoint(base, adapter, base / "merged")
+    assert sorted(path.name for path in base.iterdir()) == before
+
+
+@pytest.mark.parametrize(("named", "told"), [("some/base", False), ("elsewhere/base", False), ("some/other", True)])
+def test_another_base_than_the_adapters_is_told_of(named, told, tmp_path, caplog):
+    model = make_model()
+    base = save_base(model, tmp_path / "base")
+    adapter = save_adapter(model, LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": named}))
+    merge_checkpoint(base, adapter, tmp_path / "merged")
+    assert ("If that is another model" in caplog.text) == told

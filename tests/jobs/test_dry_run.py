@@ -106,8 +106,22 @@ def test_bits_and_optimisers_count(world):
     assert small.weights < plain.weights
     assert state_bytes("adamw_torch") == 8
     assert state_bytes("adamw_8bit") == 2
-    assert state_bytes("sgd") == 4
+    assert state_bytes("adamw_torch_4bit") == 1
+    assert state_bytes("ademamix") == 12
+    assert state_bytes("ademamix_8bit") == 3
     assert state_bytes("adafactor") == 0
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "sgd", "rmsprop", "adagrad"])
+def test_state_is_what_the_optimiser_of_transformers_keeps(name, tmp_path):
+    arguments = transformers.TrainingArguments(tmp_path, optim=name, use_cpu=True)
+    make, settings = transformers.Trainer.get_optimizer_cls_and_kwargs(arguments)
+    weight = torch.nn.Parameter(torch.ones(64, 64))
+    optimizer = make([weight], **settings)
+    weight.sum().backward()
+    optimizer.step()
+    kept = [value for value in optimizer.state[weight].values() if torch.is_tensor(value) and value.numel() > 1]
+    assert sum(value.nbytes for value in kept) / weight.numel() == state_bytes(name)
 
 
 def test_sides_of_reading_and_writing_modules(world):

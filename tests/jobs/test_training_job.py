@@ -39,6 +39,7 @@ def write(folder, job):
         ({"data": {"split": "train"}}, "data lacks 'path'"),
         ({"data": {"path": "x", "splitt": "train"}}, "data.splitt is no key.* Did you mean 'split'"),
         ({"merged": "adapter/merged"}, "lie in one another"),
+        ({"model": ".", "merged": "merged"}, "lies in the model's folder"),
         ({"select": {**SELECT, "statistics": "adapter/statistics"}}, "lie in one another"),
         ({"report": "report.pdf"}, "no HTML file"),
         ({"merged": "merged", "report": "merged/report.html"}, "lies in merged='merged', which is written as a whole"),
