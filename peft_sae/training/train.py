@@ -74,7 +74,7 @@ def train_adapter(
         learn: tokens that `sft` learns, see `encode_examples`.
         max_length: tokens per example; longer ones are cut. By default the model's context length.
         callbacks: classes of `TrainerCallback`s that are made with the Trainer, such as `SubspaceCallback`.
-        progress: show the Trainer's progress bar.
+        progress: show the Trainer's progress bar and its log; False prints nothing.
         **arguments: of `trl.SFTConfig` or `trl.DPOConfig`, and so of `transformers.TrainingArguments`.
 
     Returns:
@@ -104,6 +104,10 @@ def train_adapter(
             method, model, settings, tokenizer, config, train_dataset=dataset, eval_dataset=held_out
         )
         _gather_when_saving(trainer.accelerator)
+        if not progress:
+            from transformers import PrinterCallback
+
+            trainer.remove_callback(PrinterCallback)  # what transformers puts in the place of its progress bar
         for kind in callbacks:
             trainer.add_callback(kind(trainer))
         if settings.should_save:

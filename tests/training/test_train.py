@@ -58,7 +58,7 @@ def test_examples_whose_prompts_are_too_long_are_left_out(caplog):
         encode_examples(make_tokenizer(), [ALIGNED[1], {"prompt": "red", "completion": ""}], 7)
 
 
-def test_training_lowers_the_loss_on_completions_only(tmp_path):
+def test_training_lowers_the_loss_on_completions_only(tmp_path, capfd):
     tokenizer, model = make_tokenizer(), make_model()
     features = encode_examples(tokenizer, ALIGNED, 64)
     assert features[1] == {"input_ids": [1, 9, 7, 7, 8, 2], "labels": [-100, -100, 7, 7, 8, 2]}
@@ -68,8 +68,17 @@ def test_training_lowers_the_loss_on_completions_only(tmp_path):
 
     config = SaeSubspaceConfig(subspace=make_subspace(model), r="auto", target_modules="all-linear")
     adapted = train_adapter(
-        model, tokenizer, ALIGNED, config, tmp_path / "out", progress=False, max_steps=20, learning_rate=0.02
+        model,
+        tokenizer,
+        ALIGNED,
+        config,
+        tmp_path / "out",
+        progress=False,
+        max_steps=20,
+        learning_rate=0.02,
+        logging_steps=5,
     )
+    assert "loss" not in "".join(capfd.readouterr())
 
     with torch.no_grad():
         assert adapted(**batch).loss < 0.7 * before
