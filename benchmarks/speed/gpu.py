@@ -36,7 +36,7 @@ from peft_sae import SaeSubspaceConfig, collect_statistics
 from peft_sae.sae.placement import check_placement
 from peft_sae.statistics.capture import capturing
 
-_CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 _RANK, _FEATURES, _PROTECTED, _WARM_UP = 32, 64, 16, 4
 _TARGETS = {"q_v": ["q_proj", "v_proj"], "all-linear": "all-linear"}
 _FEATURES_PER_SAE, _L0 = 16384, 64
@@ -45,7 +45,7 @@ _BATCH, _TEXTS = 8, 512
 
 def make_model(shape: str, seed: int) -> PreTrainedModel:
     """A model of random bfloat16 weights, of a shape in `configs/`, on the GPU."""
-    architecture = dict(yaml.safe_load((_CONFIGS / f"{shape}.yaml").read_text())["architecture"])
+    architecture = dict(yaml.safe_load((CONFIGS / f"{shape}.yaml").read_text())["architecture"])
     config = AutoConfig.for_model(architecture.pop("model_type"), **architecture)
     torch.manual_seed(seed)
     with torch.device("cuda"):

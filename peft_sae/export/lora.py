@@ -26,7 +26,7 @@ def export_lora(adapter: str | Path, output: str | Path, *, uniform: bool = Fals
     goes along.
 
     Args:
-        adapter: folder of an adapter.
+        adapter: folder of an adapter; with `uniform` also of a plain LoRA.
         output: folder to write; missing or empty. What exists is never overwritten.
         uniform: give all modules one rank (filled up with zeros) and the scaling 1, for servers that read neither
             `rank_pattern`, nor `alpha_pattern`, nor `use_rslora`; see docs/serving.md. The updates are the same, up to
@@ -37,10 +37,12 @@ def export_lora(adapter: str | Path, output: str | Path, *, uniform: bool = Fals
 
     Raises:
         ArtifactError: the adapter is incomplete, damaged or of another type, or the output cannot be written.
-        ConfigError: the adapter is a plain LoRA already, or `uniform` cannot say the same as its variant (DoRA).
+        ConfigError: the adapter is a plain LoRA already and is not to be made uniform, or `uniform` cannot say the same
+            as its variant (DoRA).
     """
     config = read_adapter_config(adapter)
-    if config["peft_type"] == "LORA":
+    plain_already = config["peft_type"] == "LORA"
+    if plain_already and not uniform:
         raise ConfigError(f"'{adapter}' is a plain LoRA adapter already. Use it as it is.")
     tensors = read_adapter_weights(adapter)
     lora_fields = {field.name for field in fields(LoraConfig)}
@@ -55,6 +57,7 @@ def export_lora(adapter: str | Path, output: str | Path, *, uniform: bool = Fals
 
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(folder / CONFIG_FILE, {**plain, "peft_type": "LORA"})
-        write_json(folder / PROVENANCE_FILE, {**provenance, "edits": edits})
+        if not plain_already:
+            write_json(folder / PROVENANCE_FILE, {**provenance, "edits": edits})
         copy_tokenizer(Path(adapter), folder)
     return Path(output)

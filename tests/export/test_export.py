@@ -301,6 +301,23 @@ def test_one_rank_without_scaling_says_the_same(trained, tmp_path, fields):
     torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_plain_lora_gets_one_rank_too(tmp_path):
+    fields = {"use_rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"o_proj": 40}}
+    torch.manual_seed(0)
+    adapted = get_peft_model(
+        make_model(), LoraConfig(r=6, target_modules=["q_proj", "o_proj"], init_lora_weights=False, **fields)
+    )
+    expected = logits(adapted)
+    adapted.save_pretrained(tmp_path / "rslora")
+
+    export_lora(tmp_path / "rslora", tmp_path / "lora", uniform=True)
+
+    loaded = PeftModel.from_pretrained(make_model(), tmp_path / "lora")
+    assert not loaded.peft_config["default"].use_rslora
+    torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
+    assert {path.name for path in (tmp_path / "lora").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
 @pytest.mark.parametrize("fields", [{"use_dora": True}, {"target_modules": ["embed_tokens", "q_proj"], "r": 4}])
 def test_one_rank_is_refused_where_it_would_say_something_else(trained, tmp_path, fields):
