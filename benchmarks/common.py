@@ -61,6 +61,14 @@ def make_subspace(
     return Subspace(tuple(sites), find_layout(model), description, {"selector": "random"}, protected=tuple(guards))
 
 
+def summary(values: Sequence[float], *, draws: int = 2000, seed: int = 0) -> dict[str, float]:
+    """Mean of some values and its bootstrap 95 % interval (percentiles of the means of draws with replacement)."""
+    found = torch.tensor(values, dtype=torch.float64)
+    chosen = torch.randint(len(found), (draws, len(found)), generator=torch.Generator().manual_seed(seed))
+    low, high = found[chosen].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return {"mean": float(found.mean()), "low": low, "high": high}
+
+
 def circumstances(seed: int, device: str) -> Mapping[str, Any]:
     """Seed, versions, machine and commit of a run."""
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()

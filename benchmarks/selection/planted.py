@@ -23,10 +23,9 @@ from typing import Any
 import torch
 from sae_lens.registry import get_sae_class
 from sae_lens.saes.sae import SAEMetadata
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.common import circumstances
+from benchmarks.embedded import HOOK, model_of, texts_of, tokenizer_of
 from benchmarks.selection.planting import EFFECTS, KINDS, Planted, plant
 from peft_sae import FeatureStatistics, collect_statistics, load_saes, select_features
 from peft_sae.sae.handle import SaeHandle
@@ -36,7 +35,7 @@ from peft_sae.selection.contrast import Contrast
 from peft_sae.selection.significance import q_values
 from peft_sae.statistics import FeatureMoments, Measures
 
-_FEATURES, _PLANTED, _HOOK = 512, 16, "blocks.0.hook_resid_pre"
+_FEATURES, _PLANTED = 512, 16
 _TEXTS: Mapping[str, Mapping[str, Any]] = {
     "60 vs 60": {"counts": (60, 60)},
     "100 vs 20": {"counts": (100, 20)},
@@ -75,15 +74,11 @@ def make_statistics(planted: Planted, seed: int) -> tuple[FeatureStatistics, lis
     width = everything.shape[1]
     dictionary = torch.randn(width, width, generator=generator, dtype=torch.float64)
     dictionary = torch.nn.functional.normalize(dictionary + 20 * torch.eye(width, dtype=torch.float64), dim=1)
-    model = _model(everything.double() @ dictionary)
+    model, tokenizer = model_of(everything.double() @ dictionary), tokenizer_of(len(everything))
     saes = load_saes(_sae(dictionary))
-    tokens = iter(range(1, len(everything) + 1))
-    data = {
-        label: [" ".join(f"w{next(tokens)}" for _ in range(count)) for count in torch.bincount(owners).tolist()]
-        for label, owners in planted.examples.items()
-    }
+    data = texts_of(planted.examples)
     measures = Measures(histograms=True, sample=2000)
-    found = collect_statistics(model, _tokenizer(len(everything)), data, saes, measures=measures, progress=False)
+    found = collect_statistics(model, tokenizer, data, saes, measures=measures, progress=False)
     errors = [
         float((found.of(label)[0].mean - activations.double().mean(0)).abs().max() / activations.mean(0).max())
         for label, activations in planted.activations.items()
@@ -91,38 +86,14 @@ def make_statistics(planted: Planted, seed: int) -> tuple[FeatureStatistics, lis
     return found, saes, max(errors)
 
 
-def _model(embeddings: torch.Tensor) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        hidden_size=embeddings.shape[1],
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        vocab_size=len(embeddings) + 1,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    model = LlamaForCausalLM(config).eval()
-    model.model.embed_tokens.weight.data[1:] = embeddings.float()
-    return model
-
-
 def _sae(dictionary: torch.Tensor) -> Any:
     sae_cls, config_cls = get_sae_class("jumprelu")
-    metadata = SAEMetadata(hook_name=_HOOK, prepend_bos=False)
+    metadata = SAEMetadata(hook_name=HOOK, prepend_bos=False)
     width = len(dictionary)
     sae = sae_cls(config_cls(d_in=width, d_sae=width, metadata=metadata, apply_b_dec_to_input=False))
     sae.W_dec.data, sae.W_enc.data = dictionary.float(), torch.linalg.inv(dictionary).float()
     sae.threshold.data = torch.full((width,), 1e-3)  # above what rounding leaves of a zero
     return sae
-
-
-def _tokenizer(words: int) -> PreTrainedTokenizerFast:
-    vocabulary = {"<pad>": 0, **{f"w{index}": index for index in range(1, words + 1)}}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>")
 
 
 def precision(found: FeatureStatistics, saes: list[SaeHandle], selector: str, task: torch.Tensor, seed: int) -> float:
@@ -151,7 +122,7 @@ def measure_selectors(seeds: int) -> list[dict[str, Any]]:
 
 def _q(planted: Planted) -> torch.Tensor:
     moments = [FeatureMoments.of(planted.activations[label], planted.examples[label]) for label in planted.activations]
-    sae = SaeIdentity("planted", _HOOK, 8, len(planted.task), None, None, "0" * 64)
+    sae = SaeIdentity("planted", HOOK, 8, len(planted.task), None, None, "0" * 64)
     return q_values([Contrast(sae, *moments)])[0]
 
 
