@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -41,15 +41,35 @@ class ProtectedLinear(nn.Module):
         self._unseen = unseen.float()
         self.raw_weight = linear.weight
         self.register_parameter("raw_bias", linear.bias)
+        self._computed: torch.Tensor | None = None
 
     @property
     def weight(self) -> torch.Tensor:
         """The factor that takes effect, [out, in]."""
+        weight = self.compute_weight()
+        if weight.requires_grad and weight is not self.raw_weight and not torch.compiler.is_compiling():
+            self._computed = weight
+        return weight
+
+    def compute_weight(self) -> torch.Tensor:
+        """Return `weight` without remembering it for `take_weight`."""
         raw = self.raw_weight
         # Outside of its forward pass FSDP1 leaves a part of it, or none; then its dtype and device are what is asked.
         if raw.shape != (self.out_features, self.in_features) or raw.is_meta or not _has_storage(raw):
             return raw
         return self.effective(raw)
+
+    def take_weight(self) -> torch.Tensor:
+        """Return what `weight` was when it was last asked for, once; or compute it.
+
+        For the forward pass of PEFT's layer alone, which asks `weight` for its dtype right before. The product is
+        small, but on a GPU the launch of its kernels is not.
+        """
+        computed, self._computed = self._computed, None
+        return self.compute_weight() if computed is None else computed
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_computed": None}  # no leaf, so it cannot be copied
 
     @property
     def bias(self) -> torch.Tensor | None:
@@ -59,7 +79,7 @@ class ProtectedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return x [..., in] times the factor, [..., out]."""
-        return nn.functional.linear(x, self.weight, self.bias)
+        return nn.functional.linear(x, self.compute_weight(), self.bias)
 
     def effective(self, factor: torch.Tensor) -> torch.Tensor:
         """Return a factor, or a bias, without what lies along the protected directions.
@@ -73,7 +93,8 @@ class ProtectedLinear(nn.Module):
         if self._unseen.device != factor.device:
             self._unseen = _moved(self._unseen, factor.device)
         # Under autocast the products would be rounded to a few digits, and the directions with them.
-        with torch.autocast(device_type=factor.device.type, enabled=False):
+        kind = factor.device.type
+        with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
             exact = factor if factor.dtype == torch.float64 else factor.float()
             unseen = _distribute_like(self._unseen.to(exact.dtype), exact)
             part = (exact @ unseen.T) @ unseen if self.side == "read" else unseen.T @ (unseen @ exact)

@@ -30,11 +30,11 @@ class FusedLinearVariant(LoraVariant):
     ) -> torch.Tensor:
         """Return the base layer's result [..., out] plus the adapter's for the input x [..., in]."""
         lora_a, lora_b = module.lora_A[active_adapter], module.lora_B[active_adapter]
-        inner = lora_a(module.lora_dropout[active_adapter](x))
+        inner = _apply(lora_a, module.lora_dropout[active_adapter](x))
         if not _is_plain(lora_b) or inner.dim() < 2 or inner.dtype != result.dtype:
             unfused: torch.Tensor = result + lora_b(inner) * module.scaling[active_adapter]
             return unfused
-        weight = lora_b.weight
+        weight = lora_b.compute_weight() if isinstance(lora_b, ProtectedLinear) else lora_b.weight
         if weight.dtype != inner.dtype:  # under autocast
             weight = weight.to(inner.dtype)
         inner = inner * module.scaling[active_adapter]
@@ -63,6 +63,14 @@ def use_fused_forward(layer: LoraLayer, adapter_name: str) -> None:
     """Give an adapter the fused forward pass where the layer is LoRA's plain one and nothing else is asked for."""
     if type(layer) is Linear and adapter_name not in layer.lora_variant:
         layer.lora_variant[adapter_name] = FusedLinearVariant()
+
+
+def _apply(factor: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Call a factor; PEFT has just asked for its weight."""
+    if isinstance(factor, ProtectedLinear) and _is_plain(factor):
+        return nn.functional.linear(x, factor.take_weight())
+    applied: torch.Tensor = factor(x)
+    return applied
 
 
 def _is_plain(factor: nn.Module) -> bool:

@@ -647,3 +647,34 @@ def test_a_saved_protection_cannot_be_switched_off_in_the_file(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "protect": False}))
     with pytest.raises(ConfigError, match="protect=False would let it use them"):
         PeftModel.from_pretrained(make_model(), str(tmp_path), is_trainable=True)
+
+
+def test_a_factor_is_computed_once_in_a_forward_pass_and_anew_in_the_next(llama):
+    adapted = adapt(copy.deepcopy(llama), target_modules=["q_proj"], protected={"blocks.0.hook_resid_post": 2})
+    (factor, *_) = (module for module in adapted.modules() if isinstance(module, ProtectedLinear))
+    train(adapted, steps=2)  # so that B is not zero
+    calls, effective = [], ProtectedLinear.effective
+
+    def spy(self, raw):
+        calls.append(self)
+        return effective(self, raw)
+
+    ProtectedLinear.effective = spy
+    try:
+        for step in (1, 2):  # also where nothing was updated in between, as when gradients are accumulated
+            adapted(IDS, labels=IDS).loss.backward()
+            assert calls.count(factor) == step
+        calls.clear()
+        with torch.no_grad():
+            factor.raw_weight.mul_(2)
+        first = adapted(IDS).logits
+        assert calls.count(factor) == 1
+    finally:
+        ProtectedLinear.effective = effective
+    assert factor.weight.requires_grad  # and nobody uses it: the next pass must not
+    with torch.no_grad():
+        factor.raw_weight.mul_(3)
+    assert not torch.equal(adapted(IDS).logits, first)
+    factor.weight.sum().backward()
+    adapted(IDS, labels=IDS).loss.backward()
+    copy.deepcopy(adapted)
