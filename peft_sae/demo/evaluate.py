@@ -59,7 +59,9 @@ def evaluate(
     starts = range(0, len(requests), batch_size)
     for start in tqdm(starts, desc="evaluation", unit=" batches", disable=not progress):
         chunk = requests[start : start + batch_size]
-        for request, answer in zip(chunk, _answers(model, tokenizer, chunk), strict=True):
+        for request, answer in zip(
+            chunk, answers(model, tokenizer, [request["prompt"] for request in chunk]), strict=True
+        ):
             if request["dangerous"]:
                 dangerous, refused = dangerous + 1, refused + is_refusal(answer)
             else:
@@ -68,10 +70,9 @@ def evaluate(
 
 
 @torch.inference_mode()
-def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, requests: list[dict[str, Any]]) -> list[str]:
-    inputs = tokenizer(
-        [request["prompt"] for request in requests], return_tensors="pt", padding=True, padding_side="left"
-    )
+def answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
+    """Answer prompts by greedy generation, without the prompts and special tokens."""
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     generated = model.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
@@ -79,6 +80,6 @@ def _answers(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, request
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
     )
-    answers = generated[:, inputs["input_ids"].shape[1] :]
-    decoded: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    found = generated[:, inputs["input_ids"].shape[1] :]
+    decoded: list[str] = tokenizer.batch_decode(found, skip_special_tokens=True)
     return decoded

@@ -1,9 +1,9 @@
-"""The demo's base model: an ordinary tokenizer and a small Llama, trained on the demo's language."""
+"""A small base model: an ordinary tokenizer and a Llama, trained on texts of a made-up language."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .language import Language, pretraining_texts, vocabulary
 from .size import ModelSize
 
 # Longest sequence that the model can read; the language's texts have at most half as many tokens.
@@ -35,9 +34,9 @@ _CHAT_TEMPLATE = (
 )
 
 
-def make_tokenizer(language: Language) -> PreTrainedTokenizerFast:
+def make_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
     """Return a fast tokenizer with one token per word, which puts BOS in front of every text."""
-    words = [_PAD, _BOS, _EOS, _UNKNOWN, *vocabulary(language)]
+    words = [_PAD, _BOS, _EOS, _UNKNOWN, *vocabulary]
     backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=_UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.post_processor = processors.TemplateProcessing(
@@ -63,22 +62,28 @@ def tokenise(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> torch.
 
 
 def train_model(
-    language: Language, tokenizer: PreTrainedTokenizerFast, size: ModelSize, *, progress: bool
+    draw: Callable[[int, random.Random], list[str]],
+    tokenizer: PreTrainedTokenizerFast,
+    size: ModelSize,
+    *,
+    seed: int,
+    progress: bool,
 ) -> LlamaForCausalLM:
     """Train a causal language model on freshly drawn texts and return it in evaluation mode.
 
     Args:
-        language: what the texts are about; its seed decides initial weights and texts.
-        tokenizer: made by `make_tokenizer` from the same language.
+        draw: returns so many texts, drawn with the given source of randomness.
+        tokenizer: made by `make_tokenizer` from the words of these texts.
         size: shape and length of training.
+        seed: decides initial weights and texts.
         progress: show a progress bar.
     """
-    rng = random.Random(f"{language.seed}/pretraining")
-    model = _initial_model(language.seed, tokenizer, size)
+    rng = random.Random(f"{seed}/pretraining")
+    model = _initial_model(seed, tokenizer, size)
     optimiser = AdamW(model.parameters(), lr=size.learning_rate, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     schedule = OneCycleLR(optimiser, size.learning_rate, total_steps=size.steps, pct_start=0.1)
     model.train()
-    batches = _batches(language, size.batch, rng)
+    batches = _batches(draw, size.batch, rng)
     for _ in tqdm(range(size.steps), desc="base model", disable=not progress):
         ids = tokenise(tokenizer, next(batches))
         # Padding stands on the right, where causal attention never sees it: no mask is needed.
@@ -91,10 +96,10 @@ def train_model(
     return model.eval()
 
 
-def _batches(language: Language, size: int, rng: random.Random) -> Iterator[list[str]]:
+def _batches(draw: Callable[[int, random.Random], list[str]], size: int, rng: random.Random) -> Iterator[list[str]]:
     """Endless batches of texts of about one length, as padding would be a third of mixed ones."""
     while True:
-        texts = sorted(pretraining_texts(language, _POOL * size, rng), key=lambda text: text.count(" "))
+        texts = sorted(draw(_POOL * size, rng), key=lambda text: text.count(" "))
         starts = list(range(0, len(texts), size))
         rng.shuffle(starts)
         yield from (texts[start : start + size] for start in starts)

@@ -7,6 +7,7 @@ import logging
 import random
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from .language import (
     make_language,
     pretraining_texts,
     unaligned_records,
+    vocabulary,
 )
 from .size import WorldSize
 
@@ -154,8 +156,9 @@ def _build(world: World, size: WorldSize, progress: bool) -> None:
     _write_jsonl(world.aligned, aligned_records(language))
     _write_jsonl(world.unaligned, unaligned_records(language))
     _write_jsonl(world.evaluation, evaluation_records(language))
-    tokenizer = make_tokenizer(language)
-    model = train_model(language, tokenizer, size.model, progress=progress)
+    tokenizer = make_tokenizer(vocabulary(language))
+    draw = partial(pretraining_texts, language)
+    model = train_model(draw, tokenizer, size.model, seed=world.seed, progress=progress)
     with other_bars(progress):
         model.save_pretrained(world.model)
         tokenizer.save_pretrained(world.model)
