@@ -8,8 +8,8 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from peft import CordaConfig, EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
-from peft.tuners.lora.config import LoraGAConfig
+from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 
@@ -167,7 +167,8 @@ def _corda(setting: Setting, rank: int, targets: Sequence[str]) -> Any:
     @torch.no_grad()
     def run() -> None:
         for batch in setting.calibration:
-            model(**batch)
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+                model(input_ids=ids[mask.bool()][None])  # its hooks take one text at a time
 
     preprocess_corda(model, config, run_model=run)
     return get_peft_model(model, config)
