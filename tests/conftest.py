@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -17,7 +18,8 @@ from . import tiny
 
 # Models this small spend far more on waking threads than on arithmetic, above all on a busy machine.
 torch.set_num_threads(1)
-# Tests that fork: a lock that tqdm's monitor thread holds at that moment would stay locked in the child.
+# For tests that fork and kill: tqdm's own lock is shared by forks, and its monitor is a thread that may hold it.
+tqdm.set_lock(threading.RLock())
 tqdm.monitor_interval = 0
 
 

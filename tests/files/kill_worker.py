@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,8 +17,9 @@ import torch
 from tqdm import tqdm
 
 torch.set_num_threads(1)
-# A fork copies locks as they are and no threads: one that tqdm's monitor holds would never be released in the child.
-tqdm.monitor_interval = 0
+# tqdm's own lock is a semaphore that forks share: a child that is killed while it holds it would stop all that follow.
+tqdm.set_lock(threading.RLock())
+tqdm.monitor_interval = 0  # and no thread may hold a lock in the moment of a fork
 
 from peft import get_peft_model  # noqa: E402
 
@@ -117,7 +119,7 @@ def forked(run, target):
 
 
 def wait_for(child):
-    """Return the status of a child; one that hangs is killed, and its status tells so."""
+    """Return the status of a child; one that hangs is killed, and an error."""
     deadline = time.monotonic() + LONGEST
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -125,7 +127,8 @@ def wait_for(child):
             return status
         time.sleep(0.002)
     os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
+    os.waitpid(child, 0)
+    raise AssertionError(f"the job hangs: it takes more than {LONGEST} s")
 
 
 def wait_for_scratch(child, place):
