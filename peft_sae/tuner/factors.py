@@ -47,8 +47,9 @@ class ProtectedLinear(nn.Module):
     def weight(self) -> torch.Tensor:
         """The factor that takes effect, [out, in]."""
         weight = self.compute_weight()
-        if weight.requires_grad and weight is not self.raw_weight and not torch.compiler.is_compiling():
-            self._computed = weight
+        if not torch.compiler.is_compiling():
+            # Always, so that what an earlier caller has left can never be taken for the factor of now.
+            self._computed = weight if weight.requires_grad and weight is not self.raw_weight else None
         return weight
 
     def compute_weight(self) -> torch.Tensor:
@@ -65,6 +66,8 @@ class ProtectedLinear(nn.Module):
         For the forward pass of PEFT's layer alone, which asks `weight` for its dtype right before. The product is
         small, but on a GPU the launch of its kernels is not.
         """
+        if torch.compiler.is_compiling():
+            return self.compute_weight()
         computed, self._computed = self._computed, None
         return self.compute_weight() if computed is None else computed
 

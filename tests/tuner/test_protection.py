@@ -671,10 +671,26 @@ def test_a_factor_is_computed_once_in_a_forward_pass_and_anew_in_the_next(llama)
         assert calls.count(factor) == 1
     finally:
         ProtectedLinear.effective = effective
-    assert factor.weight.requires_grad  # and nobody uses it: the next pass must not
-    with torch.no_grad():
-        factor.raw_weight.mul_(3)
-    assert not torch.equal(adapted(IDS).logits, first)
+    for no_grad in (False, True):
+        assert factor.weight.requires_grad  # somebody asks, and does not use it: the next pass must not
+        with torch.no_grad():
+            factor.raw_weight.mul_(3)
+        expected = copy.deepcopy(adapted)(IDS).logits
+        with torch.set_grad_enabled(not no_grad):
+            found = adapted(IDS).logits
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, first)
     factor.weight.sum().backward()
     adapted(IDS, labels=IDS).loss.backward()
-    copy.deepcopy(adapted)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+def test_a_compiled_pass_takes_no_factor_of_before(llama):
+    adapted = adapt(copy.deepcopy(llama), target_modules=["q_proj"], protected={"blocks.0.hook_resid_post": 2})
+    train(adapted, steps=2)
+    (factor, *_) = (module for module in adapted.modules() if isinstance(module, ProtectedLinear))
+    assert factor.weight.requires_grad
+    with torch.no_grad():
+        factor.raw_weight.mul_(3)
+    expected = copy.deepcopy(adapted)(IDS).logits
+    torch.testing.assert_close(torch.compile(adapted, backend="aot_eager")(IDS).logits, expected)
