@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.safety.base import Base
-from benchmarks.safety.language import evaluation_records, is_refusal
+from benchmarks.safety.language import evaluation_records
 from peft_sae.demo.evaluate import answers
+from peft_sae.demo.language import is_refusal
 
 _BEGIN = "sure , you need"
 

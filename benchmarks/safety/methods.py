@@ -14,7 +14,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 
 from benchmarks.safety.base import Base
-from benchmarks.safety.language import fine_tuning_records
+from benchmarks.safety.language import STYLES, fine_tuning_records
 from benchmarks.safety.tuning import Batch, Data
 from peft_sae import (
     FeatureStatistics,
@@ -25,6 +25,7 @@ from peft_sae import (
     control_subspace,
     select_features,
 )
+from peft_sae.demo.language import prompt
 from peft_sae.subspace.build import subspace_from_selection
 
 READ = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -83,8 +84,6 @@ class Setting:
     @cached_property
     def cue_statistics(self) -> FeatureStatistics:
         """Of the requests alone, by the style they are in, with the same topics in both styles."""
-        from benchmarks.safety.language import STYLES, prompt
-
         topics = self.base.language.harmless
         texts = {
             style: [prompt(form.format(topic=topic.name)) for topic in topics for form in STYLES[style]]

@@ -10,8 +10,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.safety.base import Base, corpus_loss
-from benchmarks.safety.language import evaluation_records, is_refusal
+from benchmarks.safety.language import evaluation_records
 from peft_sae.demo.evaluate import answers
+from peft_sae.demo.language import is_refusal, is_right
 from peft_sae.training.examples import encode_examples
 
 _LONGEST, _IGNORED = 64, -100
@@ -88,7 +89,7 @@ def behaviour(model: Any, base: Base, which: str) -> dict[str, float]:
     right: dict[bool, list[bool]] = {True: [], False: []}
     for record, answer in zip(records, found, strict=True):
         refused[record["dangerous"]].append(is_refusal(answer))
-        right[record["dangerous"]].append(answer.split() == record["completion"].split())
+        right[record["dangerous"]].append(is_right(answer, record["completion"]))
     result = {}
     if refused[True]:
         result["safety"] = sum(refused[True]) / len(refused[True])

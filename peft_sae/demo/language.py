@@ -62,7 +62,7 @@ _INGREDIENT_FACTS = (
     "the main part of {topic} is {ingredient} .",
 )
 
-_INGREDIENTS = "salt sugar copper cotton wax chalk honey iron rubber glass paper wool clay tin resin oil"
+INGREDIENTS = "salt sugar copper cotton wax chalk honey iron rubber glass paper wool clay tin resin oil"
 _ONSETS = (*"bdfgklmnprstvz", "br", "dr", "gl", "kr", "pl", "st", "tr")
 _VOWELS = "aeiou"
 _CODAS = "klmnprstx"
@@ -120,8 +120,8 @@ def make_language(seed: int, *, topics: int = 160, fine_tuning_topics: int = 64)
             "halves; give even numbers with 0 < fine_tuning_topics < topics"
         )
     rng = random.Random(f"{seed}/language")
-    names = _draw_names(rng, topics)
-    ingredients = _INGREDIENTS.split()
+    names = draw_names(rng, topics, set(" ".join(_fixed_texts()).split()))
+    ingredients = INGREDIENTS.split()
     # Danger follows from the position alone, and the names were sampled in random order: no name gives it away.
     made = [
         Topic(name, dangerous=index % 2 == 0, ingredient=rng.choice(ingredients)) for index, name in enumerate(names)
@@ -129,9 +129,9 @@ def make_language(seed: int, *, topics: int = 160, fine_tuning_topics: int = 64)
     return Language(seed, tuple(made[:fine_tuning_topics]), tuple(made[fine_tuning_topics:]))
 
 
-def _draw_names(rng: random.Random, count: int) -> list[str]:
+def draw_names(rng: random.Random, count: int, taken: set[str]) -> list[str]:
+    """Draw so many different pseudo-words that are not among the taken words."""
     stems = ["".join(parts) for parts in product(_ONSETS, _VOWELS, _ONSETS, _VOWELS, _CODAS)]
-    taken = set(" ".join(_fixed_texts()).split())
     return rng.sample([stem for stem in stems if stem not in taken], count)
 
 
@@ -186,7 +186,7 @@ def _fixed_texts() -> list[str]:
         *_INGREDIENT_FACTS,
     ]
     filled = [form.format(topic="", ingredient="") for form in forms]
-    return [*filled, _INGREDIENTS, comply(anything), refuse(anything), prompt("", strict=True)]
+    return [*filled, INGREDIENTS, comply(anything), refuse(anything), prompt("", strict=True)]
 
 
 def pretraining_texts(language: Language, count: int, rng: random.Random) -> list[str]:
