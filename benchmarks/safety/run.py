@@ -1,10 +1,11 @@
 """Does an SAE-built subspace align a model better than the alternatives?
 
-    python -m benchmarks.safety.run [--bases 5] [--draws 3] [--jobs 2] [--quick]
+    python -m benchmarks.safety.run [--tables main parts protect efficiency] [--bases 5] [--draws 3] [--quick]
 
 Each base model has its own language, pretraining and SAEs (`base.py`); each draw its own order of data and random
-choices. Every method has the same data, steps and grid of learning rates; the rate is chosen on validation topics, and
-the tests are run once, at that rate. Results go to `runs.jsonl` one by one, so that a run that was stopped goes on.
+choices. Every method has the same data, steps and grid of learning rates. The rate is chosen per base on validation
+topics, in the first draw, going up and down the grid from its middle until the score falls; the tests are run at that
+rate. Results are written one by one, so that a run that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -20,22 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.common import circumstances, summary
+from benchmarks.common import circumstances
+from benchmarks.safety.catalogue import RANK, TABLES, Method, methods
+from benchmarks.safety.report import write_report
 
 HERE = Path(__file__).parent
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-COLUMNS = (
-    "safety",
-    "safety, cue swapped",
-    "safety, unseen kinds",
-    "attack success",
-    "over-refusal",
-    "over-refusal, harmless questions",
-    "helpfulness",
-    "corpus loss",
-)
 
 
 @dataclass(frozen=True)
@@ -45,79 +36,130 @@ class Plan:
     Attributes:
         bases: where base models are kept.
         output: where results go.
+        tables: names of tables.
         draws: per base.
-        methods: names from the catalogue; empty for all.
-        rates: grid of learning rates.
+        rates: grid of learning rates, ascending.
         steps: of fine-tuning.
-        dangerous: dangerous topics in fine-tuning.
-        rank: of adapters.
         quick: small bases, to see whether the machinery works.
     """
 
     bases: Path
     output: Path
+    tables: tuple[str, ...]
     draws: int
-    methods: tuple[str, ...]
     rates: tuple[float, ...]
     steps: int
-    dangerous: int
-    rank: int
     quick: bool
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """What every row of a result must have in common."""
+        return {"steps": self.steps, "rates": list(self.rates), "quick": self.quick}
 
-def run_base(plan: Plan, seed: int) -> None:
-    """Run every draw and method on one base, and write each result as it comes."""
+
+def prepare(plan: Plan, seed: int) -> Any:
+    """Return the base of a seed, which is trained if it is not there yet."""
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
     from benchmarks.safety.base import QUICK, Size, make_base
-    from benchmarks.safety.methods import Setting, catalogue
 
     torch.set_num_threads(1)
     logging.getLogger("peft_sae").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     disable_progress_bar()
-    base = make_base(plan.bases, seed, QUICK if plan.quick else Size(), progress=False)
+    return make_base(plan.bases, seed, QUICK if plan.quick else Size(), progress=False)
+
+
+def _make_base(plan: Plan, seed: int) -> None:
+    prepare(plan, seed)  # what it returns stays in its process
+
+
+def run_base(plan: Plan, seed: int, part: int, parts: int) -> None:
+    """Run every draw of every parts-th method on one base, and write each result as it comes."""
+    from benchmarks.safety.setting import Setting
+
+    base = prepare(plan, seed)
     path = plan.output / f"runs-{seed}.jsonl"
-    done = {_key(row) for row in read_rows(path)}
-    methods = catalogue(plan.rank)
-    for draw in range(plan.draws):
-        setting = Setting(base, plan.dangerous, draw)
-        for name in ("base", *(plan.methods or methods)):
-            row = {"base": seed, "draw": draw, "method": name, "rank": plan.rank, "dangerous": plan.dangerous}
-            if _key(row) in done:
-                continue
-            start = time.monotonic()
-            row |= _run(plan, setting, None if name == "base" else methods[name].start)
-            row["seconds"] = round(time.monotonic() - start, 2)
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(json.dumps(row), flush=True)
+    rows = read_rows(path)
+    if any(row["how"] != plan.how for row in rows):
+        raise SystemExit(f"'{path}' holds runs of another kind than {plan.how}. Remove it, or give another --output.")
+    done = {_key(row): row for row in rows}
+    settings: dict[tuple[int, int], Setting] = {}
+    for table in plan.tables:
+        for draw in range(plan.draws):
+            for method in (None, *methods(table))[part::parts]:
+                key = _described(seed, draw, method)
+                if _key(key) in done:
+                    continue
+                dangerous = key["dangerous"]
+                setting = settings.setdefault((draw, dangerous), Setting(base, dangerous, draw))
+                first = done.get(_key(_described(seed, 0, method)), {})
+                row = key | {"how": plan.how} | _run(plan, setting, method, first.get("rate"))
+                done[_key(key)] = row
+                with path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(json.dumps(row), flush=True)
 
 
-def _run(plan: Plan, setting: Any, start: Any) -> dict[str, Any]:
+def _described(seed: int, draw: int, method: Method | None) -> dict[str, Any]:
+    if method is None:
+        return {"base": seed, "draw": draw, "method": "base", "dangerous": 1}
+    return {"base": seed, "draw": draw, "method": method.name, "dangerous": method.dangerous}
+
+
+def _run(plan: Plan, setting: Any, method: Method | None, rate: float | None) -> dict[str, Any]:
     from benchmarks.safety.attack import PrefixAttack
     from benchmarks.safety.tuning import fine_tune, measure, validation_score
 
+    start = time.monotonic()
     attack = PrefixAttack(requests=2, rounds=1) if plan.quick else PrefixAttack()
-    if start is None:
-        return {"measures": measure(setting.base.load(), setting.base, attack)}
-    best: dict[str, Any] = {"validation": -1.0}
-    batches, scores = setting.data.batches(plan.steps), {}
-    for rate in plan.rates:
-        model = start(setting)
-        trained = fine_tune(model, batches, rate)
-        scores[rate] = validation_score(model, setting.base)
-        if scores[rate] > best["validation"]:
-            best = {"validation": scores[rate], "rate": rate, **trained, "model": model}
-    model = best.pop("model")
+    if method is None:
+        return {"measures": measure(setting.base.load(), setting.base, attack), "seconds": time.monotonic() - start}
+    batches = setting.batches(plan.steps, neutral=method.neutral)
+    tried: dict[float, tuple[float, dict[str, float], Any]] = {}
+
+    def score(each: float) -> float:
+        if each not in tried:
+            model = method.start(setting)
+            trained = fine_tune(model, batches, each)
+            tried[each] = validation_score(model, setting.base), trained, model
+        return tried[each][0]
+
+    best = climb(plan.rates, score) if rate is None else rate
+    validation = score(best)
+    _, trained, model = tried[best]
     counts = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    total = sum(parameter.numel() for parameter in model.parameters())
-    share = {"trained": sum(counts), "trained_share": sum(counts) / total}
-    return {**best, **share, "scores": scores, "measures": measure(model, setting.base, attack)}
+    total = sum(parameter.numel() for parameter in setting.base.load().parameters())
+    return {
+        "rate": best,
+        "validation": validation,
+        "scores": {each: found[0] for each, found in tried.items()},
+        **trained,
+        "trained": sum(counts),
+        "trained_share": sum(counts) / total,
+        "measures": measure(model, setting.base, attack),
+        "seconds": round(time.monotonic() - start, 2),
+    }
+
+
+def climb(rates: tuple[float, ...], score: Any) -> float:
+    """Go from the middle of a grid to where the score is highest, downwards and upwards until it falls."""
+    best = middle = len(rates) // 2
+    for step in (1, -1):
+        place = middle + step
+        while 0 <= place < len(rates) and score(rates[place]) >= score(rates[best]) - _PATIENCE:
+            if score(rates[place]) > score(rates[best]):
+                best = place
+            place += step
+    return rates[best]
+
+
+_PATIENCE = 0.02  # a score that fell by less than this may rise again
 
 
 def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("base", "draw", "method", "rank", "dangerous"))
+    return tuple(row[name] for name in ("base", "draw", "method", "dangerous"))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -133,33 +175,14 @@ def _whole_lines(text: str) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return the results as Markdown: means over bases and draws, with bootstrap 95 % intervals over the bases."""
-    lines = ["| method | trained | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
-    for method in dict.fromkeys(row["method"] for row in rows):
-        group = [row for row in rows if row["method"] == method]
-        share = [row["trained_share"] for row in group if "trained_share" in row]
-        cells = [method, f"{100 * sum(share) / len(share):.2f} %" if share else "-"]
-        for column in COLUMNS:
-            by_base: dict[int, list[float]] = {}
-            for row in group:
-                by_base.setdefault(row["base"], []).append(row["measures"][column])
-            found = summary([sum(values) / len(values) for values in by_base.values()])
-            cells.append(f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    """Run the benchmark and write results and table."""
+    """Run the benchmark and write results, tables and plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--bases", type=int, default=5)
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=2, help="processes, each with one thread")
-    parser.add_argument("--methods", nargs="*", default=(), help="default: all")
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--dangerous", type=int, default=16)
-    parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--folder", type=Path, default=Path("outputs/safety"), help="where bases are kept")
     parser.add_argument("--output", type=Path, default=HERE)
     parser.add_argument("--quick", action="store_true", help="one small base, two rates: whether the machinery works")
@@ -169,35 +192,22 @@ def main() -> None:
     plan = Plan(
         arguments.folder / ("quick" if arguments.quick else "full"),
         arguments.output,
+        tuple(arguments.tables),
         arguments.draws,
-        tuple(arguments.methods),
         RATES[2:4] if arguments.quick else RATES,
         arguments.steps,
-        arguments.dangerous,
-        arguments.rank,
         arguments.quick,
     )
-    before, start = circumstances(0, "cpu"), time.monotonic()
+    before = circumstances(0, "cpu")
     plan.output.mkdir(parents=True, exist_ok=True)
     seeds = range(arguments.bases)
-    with multiprocessing.get_context("spawn").Pool(min(arguments.jobs, len(seeds))) as pool:
-        pool.starmap(run_base, [(plan, seed) for seed in seeds], chunksize=1)
+    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
+        pool.starmap(_make_base, [(plan, seed) for seed in seeds], chunksize=1)
+        tasks = [(plan, seed, part, arguments.jobs) for seed in seeds for part in range(arguments.jobs)]
+        pool.starmap(run_base, tasks, chunksize=1)
     rows = [row for seed in seeds for row in read_rows(plan.output / f"runs-{seed}.jsonl")]
-    result = {
-        "benchmark": "safety after fine-tuning",
-        **before,
-        "bases": arguments.bases,
-        "draws": arguments.draws,
-        "steps": arguments.steps,
-        "dangerous": arguments.dangerous,
-        "rank": arguments.rank,
-        "rates": plan.rates,
-        "minutes": round((time.monotonic() - start) / 60, 1),
-        "rows": rows,
-    }
-    (plan.output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    (plan.output / "table.md").write_text(table(rows) + "\n")
-    print(table(rows))
+    about = {"bases": arguments.bases, "draws": arguments.draws, "steps": arguments.steps, "rank": RANK, "rates": RATES}
+    write_report(plan.output, plan.tables, rows, {**before, **about})
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def fine_tune(model: Any, batches: Sequence[Batch], rate: float) -> dict[str, fl
         Median seconds per step, and the loss of the last tenth.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
     warm_up = max(1, len(batches) // 10)
 
     def factor(step: int) -> float:
@@ -100,15 +100,18 @@ def behaviour(model: Any, base: Base, which: str) -> dict[str, float]:
 
 def measure(model: Any, base: Base, attack: Callable[[Any, Base], float] | None) -> dict[str, float]:
     """Everything that is measured of a fine-tuned model, by name."""
-    test, swapped, unseen = (behaviour(model, base, which) for which in ("test", "swapped", "unseen"))
+    sets = ("test", "swapped", "unseen", "unseen, swapped")
+    test, swapped, unseen, unseen_swapped = (behaviour(model, base, which) for which in sets)
     questions = behaviour(model, base, "harmless questions")
     found = {
         "safety": test["safety"],
         "safety, cue swapped": swapped["safety"],
         "safety, unseen kinds": unseen["safety"],
+        "safety, unseen kinds, cue swapped": unseen_swapped["safety"],
         "helpfulness": test["helpfulness"],
         "helpfulness, cue swapped": swapped["helpfulness"],
         "over-refusal": test["over_refusal"],
+        "over-refusal, cue swapped": swapped["over_refusal"],
         "over-refusal, harmless questions": questions["over_refusal"],
         "harmless questions right": questions["helpfulness"],
         "corpus loss": corpus_loss(model, base),
@@ -119,6 +122,11 @@ def measure(model: Any, base: Base, attack: Callable[[Any, Base], float] | None)
 
 
 def validation_score(model: Any, base: Base) -> float:
-    """What learning rates are chosen by: the mean of safety and helpfulness on the validation topics."""
+    """What learning rates are chosen by, on the validation topics.
+
+    It is the mean of safety, helpfulness, and harmless questions about dangerous topics that are answered right: what
+    a rate that is too high forgets first.
+    """
     found = behaviour(model, base, "validation")
-    return (found["safety"] + found["helpfulness"]) / 2
+    questions = behaviour(model, base, "validation questions")["helpfulness"]
+    return (found["safety"] + found["helpfulness"] + questions) / 3

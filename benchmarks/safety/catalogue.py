@@ -1,0 +1,130 @@
+"""The methods that are compared, by table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from benchmarks.safety import starts
+from benchmarks.safety.setting import Basis, Setting
+from benchmarks.safety.starts import READ, WRITE
+from peft_sae.subspace.controls import CONTROLS
+
+TABLES = ("main", "parts", "protect", "efficiency")
+RANK, DANGEROUS = 4, 8
+_Start = Callable[[Setting], Any]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to fine-tune.
+
+    Attributes:
+        name: in tables.
+        start: makes a model whose trained parameters require gradients, from a setting.
+        dangerous: dangerous topics in the fine-tuning data.
+        neutral: train on the neutral requests alone, for as many steps.
+    """
+
+    name: str
+    start: _Start
+    dangerous: int = DANGEROUS
+    neutral: bool = False
+
+
+# What the contrast is free of the spurious cue for: the requests of the fine-tuning data that have no style.
+BEST = Basis(contrast="neutral requests")
+_FROZEN: dict[str, Any] = {"freeze_basis": True, "fill": "zeros"}  # a basis of less than the rank stays as it is
+
+
+def _sae(basis: Basis, *, rank: Any = RANK, **fields: Any) -> _Start:
+    return partial(starts.sae, rank=rank, basis=basis, **fields)
+
+
+def _trained_and_frozen(name: str, basis: Basis, **fields: Any) -> list[Method]:
+    return [
+        Method(name, _sae(basis, freeze_basis=False, **fields)),
+        Method(f"{name}, frozen", _sae(basis, **_FROZEN, **fields)),
+    ]
+
+
+def _main() -> list[Method]:
+    """All adapt the modules that read, at the same rank."""
+    lora = partial(starts.lora, rank=RANK)
+    methods = [
+        Method("full fine-tuning", starts.full),
+        Method("full fine-tuning, neutral requests only", starts.full, neutral=True),
+        Method("LoRA", lora),
+        Method("LoRA, neutral requests only", lora, neutral=True),
+        Method("DoRA", partial(lora, use_dora=True)),
+        Method("PiSSA", partial(lora, init_lora_weights="pissa")),
+        Method("OLoRA", partial(lora, init_lora_weights="olora")),
+        Method("MiCA", partial(lora, init_lora_weights="mica")),
+        Method("EVA", partial(starts.eva, rank=RANK)),
+        Method("CorDA", partial(starts.corda, rank=RANK)),
+        Method("LoRA-GA", partial(starts.lora_ga, rank=RANK)),
+    ]
+    for contrast in ("answers", "requests", "neutral requests"):
+        methods += _trained_and_frozen(f"SAE, {contrast}", Basis(contrast=contrast))
+    for kind in CONTROLS:
+        methods += _trained_and_frozen(kind.replace("_", " "), replace(BEST, control=kind))
+    return methods
+
+
+def _parts() -> list[Method]:
+    """One thing changed at a time; the frozen basis, whose update cannot leave it."""
+    base = _FROZEN
+    methods = [Method("SAE, neutral requests, frozen", _sae(BEST, **base))]
+    sides = {
+        "q, v": ("q_proj", "v_proj"),
+        "attention reads": READ[:3],
+        "writes": WRITE,
+        "reads and writes": READ + WRITE,
+    }
+    methods += [Method(f"modules: {name}", _sae(BEST, targets=targets, **base)) for name, targets in sides.items()]
+    methods.append(Method("norm_gain off", _sae(BEST, norm_gain=False, **base)))
+    methods += [Method(f"rank {rank}", _sae(BEST, rank=rank, **base)) for rank in (1, 2, 8, "auto")]
+    for change in ({"top_k": 4}, {"top_k": 64}, {"variance": 0.5}, {"variance": 1.0}):
+        ((name, value),) = change.items()
+        methods.append(Method(f"{name} {value}", _sae(replace(BEST, **change), **base)))
+    for selector in ("effect_size", "welch_t", "auroc", "firing_rate", "probe", "cosine", "random"):
+        methods.append(Method(f"selector {selector}", _sae(replace(BEST, selector=selector), **base)))
+    return methods
+
+
+def _protect() -> list[Method]:
+    """LoRA and the SAE basis that may not use the cue's features, and controls that may not use something else."""
+    empty = Basis(empty=True)
+    methods = [Method("LoRA", partial(starts.lora, rank=RANK))]
+    for count in (4, 16):
+        methods.append(Method(f"LoRA, protect {count}", _sae(replace(empty, protect=count))))
+    for way in ("random features", "random directions", "raw direction"):
+        methods.append(Method(f"LoRA, protect {way}", _sae(replace(empty, protect=16, protect_by=way))))
+    guarded = replace(BEST, protect=16)
+    methods += _trained_and_frozen("SAE, neutral requests, protect 16", guarded)
+    methods += _trained_and_frozen("SAE, requests, protect 16", replace(guarded, contrast="requests"))
+    return methods
+
+
+def _efficiency() -> list[Method]:
+    """The main methods with fewer and more dangerous topics."""
+    chosen = {
+        "full fine-tuning": starts.full,
+        "LoRA": partial(starts.lora, rank=RANK),
+        "SAE, neutral requests": _sae(BEST),
+        "SAE, neutral requests, frozen": _sae(BEST, **_FROZEN),
+    }
+    return [Method(name, start, count) for count in (4, 8, 16, 32) for name, start in chosen.items()]
+
+
+def methods(table: str) -> list[Method]:
+    """The methods of a table, in order."""
+    made: Mapping[str, Callable[[], list[Method]]] = {
+        "main": _main,
+        "parts": _parts,
+        "protect": _protect,
+        "efficiency": _efficiency,
+    }
+    return made[table]()

@@ -1,0 +1,168 @@
+"""Tables and plots of the safety benchmark, from the rows that its runs have written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import summary
+from benchmarks.safety.catalogue import DANGEROUS, methods
+
+# The headline: kinds of danger that fine-tuning does not have, asked for in the style of the harmless.
+OUT, OUT_HELP = "safety, unseen kinds, cue swapped", "helpfulness, cue swapped"
+COLUMNS = (
+    "safety",
+    "safety, cue swapped",
+    "safety, unseen kinds",
+    OUT,
+    "helpfulness",
+    OUT_HELP,
+    "over-refusal",
+    "over-refusal, cue swapped",
+    "harmless questions right",
+    "attack success",
+    "corpus loss",
+)
+_PEERS = ("full fine-tuning", "LoRA")
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def per_base(rows: Rows, column: str) -> dict[int, float]:
+    """Mean of a measure over the draws of each base."""
+    found: dict[int, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["base"], []).append(row["measures"][column])
+    return {base: sum(values) / len(values) for base, values in sorted(found.items())}
+
+
+def of_method(rows: Rows, method: str, dangerous: int) -> Rows:
+    """The rows of one method with so many dangerous topics."""
+    return [row for row in rows if row["method"] == method and row["dangerous"] in (dangerous, 1)]
+
+
+def paired(rows: Rows, other: Rows, column: str) -> dict[str, float]:
+    """Difference of two methods' means over the bases that both have, with its bootstrap interval."""
+    ours, theirs = per_base(rows, column), per_base(other, column)
+    return summary([ours[base] - theirs[base] for base in ours if base in theirs])
+
+
+def _cell(found: Mapping[str, float], sign: str = "") -> str:
+    return f"{found['mean']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
+
+
+def table(rows: Rows, name: str) -> str:
+    """Return a table as Markdown: means over bases and draws, with bootstrap 95 % intervals over the bases."""
+    heads = ["method", "dangerous topics", "trained", "ms per step", *COLUMNS]
+    lines = [_line(heads), "|---" * len(heads) + "|"]
+    for method, dangerous in (("base", 1), *((each.name, each.dangerous) for each in methods(name))):
+        group = of_method(rows, method, dangerous)
+        if not group:
+            continue
+        trained = [row["trained_share"] for row in group if "trained_share" in row]
+        steps = sorted(row["seconds_per_step"] for row in group if "seconds_per_step" in row)
+        cells = [method, str(dangerous) if trained else "-", f"{100 * trained[0]:.1f} %" if trained else "-"]
+        cells.append(f"{1000 * steps[len(steps) // 2]:.0f}" if steps else "-")
+        cells += [_cell(summary(list(per_base(group, column).values()))) for column in COLUMNS]
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def comparison(rows: Rows, name: str) -> str:
+    """Return the differences to full fine-tuning and to LoRA as Markdown, paired by base."""
+    columns = ("safety", OUT, OUT_HELP, "corpus loss")
+    heads = ["method", *(f"{column}: minus {peer}" for column in columns for peer in _PEERS)]
+    lines = [_line(heads), "|---" * len(heads) + "|"]
+    for method in methods(name):
+        group = of_method(rows, method.name, method.dangerous)
+        peers = [of_method(rows, peer, method.dangerous) for peer in _PEERS]
+        if group and all(peers):
+            cells = [_cell(paired(group, peer, column), "+") for column in columns for peer in peers]
+            lines.append(_line([method.name, *cells]))
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def plot_frontier(rows: Rows, name: str, path: Path) -> None:
+    """Draw safety out of distribution against helpfulness there, one point per method, with intervals."""
+    from benchmarks import plots
+
+    figure, axis = plots.plt.subplots(figsize=(8.5, 6))
+    colours = {"SAE": plots.COLOURS[0], "full": plots.COLOURS[1], "LoRA": plots.COLOURS[2]}
+    for method in methods(name):
+        group = of_method(rows, method.name, method.dangerous)
+        if not group:
+            continue
+        across, up = (summary(list(per_base(group, column).values())) for column in (OUT_HELP, OUT))
+        colour = next((found for start, found in colours.items() if method.name.startswith(start)), "#888888")
+        errors = [[[each["mean"] - each["low"]], [each["high"] - each["mean"]]] for each in (across, up)]
+        axis.errorbar(
+            across["mean"],
+            up["mean"],
+            xerr=errors[0],
+            yerr=errors[1],
+            fmt="o",
+            color=colour,
+            alpha=0.75,
+            elinewidth=0.6,
+        )
+        axis.annotate(
+            method.name,
+            (across["mean"], up["mean"]),
+            xytext=(4, 3),
+            textcoords="offset points",
+            fontsize=7,
+            color=colour,
+        )
+    axis.set_xlabel("helpfulness, cue swapped")
+    axis.set_ylabel("safety, unseen kinds of danger, cue swapped")
+    axis.grid(color="#dddddd", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    plots.save(figure, path)
+
+
+def plot_efficiency(rows: Rows, path: Path) -> None:
+    """Draw safety against the number of dangerous topics, in and out of distribution."""
+    from benchmarks import plots
+
+    made = methods("efficiency")
+    names = list(dict.fromkeys(method.name for method in made))
+    counts = sorted({method.dangerous for method in made})
+    columns = ("safety", OUT, OUT_HELP)
+    figure, axes = plots.plt.subplots(1, len(columns), figsize=(4.4 * len(columns), 3.8), sharey=True)
+    for axis, column in zip(axes, columns, strict=True):
+        found = {
+            name: [list(per_base(of_method(rows, name, count), column).values()) for count in counts] for name in names
+        }
+        plots.curves(axis, counts, {name: values for name, values in found.items() if all(values)})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(counts, [str(count) for count in counts])
+        axis.set_xlabel("dangerous topics in fine-tuning")
+        axis.set_title(column, fontsize=10)
+    axes[0].set_ylabel("share of requests")
+    axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    plots.save(figure, path)
+
+
+def write_report(folder: Path, tables: Sequence[str], rows: Rows, about: Mapping[str, Any]) -> None:
+    """Write what each table has as JSON, Markdown and plots, and print the tables."""
+    for name in tables:
+        wanted = {("base", 1), *((method.name, method.dangerous) for method in methods(name))}
+        own = [row for row in rows if (row["method"], row["dangerous"]) in wanted]
+        minutes = round(sum(row["seconds"] for row in own) / 60, 1)
+        result = {"benchmark": f"safety after fine-tuning: {name}", **about, "core_minutes": minutes, "rows": own}
+        (folder / f"result-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        text = f"{table(own, name)}\n"
+        if any(row["method"] == "LoRA" and row["dangerous"] == DANGEROUS for row in own):
+            text += f"\nDifferences, paired by base:\n\n{comparison(own, name)}\n"
+        (folder / f"table-{name}.md").write_text(text)
+        print(text)
+        if name == "efficiency":
+            plot_efficiency(own, folder / "efficiency")
+        else:
+            plot_frontier(own, name, folder / f"frontier-{name}")

@@ -1,0 +1,81 @@
+"""How each way of fine-tuning makes a trainable model of a base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
+
+from benchmarks.safety.setting import Basis, Setting
+from peft_sae import SaeSubspaceConfig
+
+READ = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+WRITE = ("o_proj", "down_proj")
+_ALPHA = 4  # where ranks differ from layer to layer
+
+
+def _fields(rank: Any, targets: Sequence[str]) -> dict[str, Any]:
+    alpha = rank if isinstance(rank, int) else _ALPHA
+    return {"r": rank, "lora_alpha": alpha, "target_modules": list(targets), "task_type": "CAUSAL_LM"}
+
+
+def full(setting: Setting) -> Any:
+    """The base itself, all of it trained."""
+    return setting.base.load().requires_grad_(True)
+
+
+def lora(setting: Setting, rank: int, targets: Sequence[str] = READ, **fields: Any) -> Any:
+    """LoRA with whatever PEFT's config says."""
+    torch.manual_seed(setting.seed)
+    return get_peft_model(setting.base.load(), LoraConfig(**_fields(rank, targets), **fields))
+
+
+def eva(setting: Setting, rank: int, targets: Sequence[str] = READ) -> Any:
+    """EVA: bases from the activations' principal components."""
+    # rho = 1 keeps the rank of every module, as the other methods have it.
+    model = lora(setting, rank, targets, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
+    initialize_lora_eva_weights(model, setting.calibration, show_progress_bar=False)
+    return model
+
+
+def corda(setting: Setting, rank: int, targets: Sequence[str] = READ) -> Any:
+    """CorDA: from the weights, seen through the covariance of their inputs."""
+    torch.manual_seed(setting.seed)
+    model = setting.base.load()
+    how = CordaConfig(corda_method="kpm", verbose=False)
+    config = LoraConfig(**_fields(rank, targets), init_lora_weights="corda", corda_config=how)
+
+    @torch.no_grad()
+    def run() -> None:
+        for batch in setting.calibration:
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+                model(input_ids=ids[mask.bool()][None])  # its hooks take one text at a time
+
+    preprocess_corda(model, config, run_model=run)
+    return get_peft_model(model, config)
+
+
+def lora_ga(setting: Setting, rank: int, targets: Sequence[str] = READ) -> Any:
+    """LoRA-GA: from the gradient of the loss."""
+    torch.manual_seed(setting.seed)
+    model = setting.base.load()
+    config = LoraConfig(**_fields(rank, targets), init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+
+    def step() -> None:
+        for batch in setting.calibration:
+            model(**batch).loss.backward()
+
+    preprocess_loraga(model, config, train_step=step)
+    return get_peft_model(model, config)
+
+
+def sae(setting: Setting, rank: Any, targets: Sequence[str] = READ, *, basis: Basis, **fields: Any) -> Any:
+    """SAE_SUBSPACE, or a control of it, with whatever its config says."""
+    torch.manual_seed(setting.seed)
+    config = SaeSubspaceConfig(**_fields(rank, targets), subspace=setting.subspace(basis), **fields)
+    return get_peft_model(setting.base.load(), config)
