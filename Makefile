@@ -7,7 +7,7 @@ QUANTISED := $(VENV)/.quantised
 # Tests keep to one thread each; every worker needs about 1 GB.
 WORKERS ?= 2
 
-.PHONY: demo test test-lowest parity lint typecheck install clean
+.PHONY: demo test test-lowest parity benchmarks-quick lint typecheck install clean
 
 demo: install
 	$(BIN)/peft-sae demo --output outputs/demo
@@ -18,6 +18,11 @@ test: install $(QUANTISED)
 # The table of what LoRA and SAE_SUBSPACE can do.
 parity: install $(QUANTISED)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -q tests/parity --parity-table docs/parity.md
+
+# Whether the benchmarks' machinery works, on small models; the numbers mean nothing.
+benchmarks-quick: install
+	$(BIN)/python -m benchmarks.safety.run --quick --folder outputs/quick/bases --output outputs/quick/safety
+	$(BIN)/python -m benchmarks.recovery.run --quick --output outputs/quick/recovery
 
 # The lower bounds that pyproject.toml claims, in an environment of their own.
 test-lowest:
@@ -44,7 +49,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # Packages that only tests need, and that have much to say wherever PEFT finds them.
 $(QUANTISED): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,quantised]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,quantised,paper]'
 	touch $(QUANTISED)
 
 clean:

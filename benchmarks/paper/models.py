@@ -1,0 +1,51 @@
+"""The models of an experiment, as they were trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.paper.experiment import Experiment
+from benchmarks.paper.train import identity_of
+from peft_sae.jobs.models import load_model
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model that can be asked.
+
+    Attributes:
+        method: whose it is.
+        identity: digest of what the model is; equal ones give equal answers.
+        model: in evaluation mode, without gradients.
+        tokenizer: its tokenizer.
+    """
+
+    method: str
+    identity: str
+    model: Any
+    tokenizer: Any
+
+
+def load_trained(experiment: Experiment, method: str) -> Trained:
+    """Load the model of a method, its adapter not merged, so that no weights are rounded.
+
+    Raises:
+        ConfigError, ArtifactError: it was not trained, or cannot be loaded.
+    """
+    identity = identity_of(experiment, method)
+    spec, job = experiment.methods[method], experiment.adapted_job(method)
+    dtype = experiment.generation.dtype or experiment.job.dtype
+    device = experiment.generation.device or ("cuda" if torch.cuda.is_available() else None)
+    source = job.output if spec.kind == "full" else job.model
+    bits = None if spec.kind == "full" else job.bits
+    model, tokenizer = load_model(
+        source, dtype=dtype, device=device, attn_implementation=job.attn_implementation, bits=bits
+    )
+    if spec.kind in ("lora", "sae_subspace"):
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, job.output).get_base_model()
+    return Trained(method, identity, model.eval().requires_grad_(False), tokenizer)
