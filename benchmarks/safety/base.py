@@ -29,6 +29,8 @@ class Size:
         model: the language model.
         saes: its SAEs.
         corpus: held-out texts that the language-model loss is measured on.
+        validation: topics for choosing learning rates.
+        test: topics of each test set.
     """
 
     model: ModelSize = field(default_factory=lambda: ModelSize(layers=4, hidden=64, heads=4, steps=2400, batch=24))
@@ -36,12 +38,16 @@ class Size:
         default_factory=lambda: SaeSize(layers=(0, 1, 2), width=512, active=8, steps=1200, batch=512, texts=6000)
     )
     corpus: int = 400
+    validation: int = 40
+    test: int = 80
 
 
 QUICK = Size(
     ModelSize(layers=4, hidden=64, heads=4, steps=120, batch=16),
     SaeSize(layers=(0, 1), width=128, active=6, steps=60, batch=256, texts=400, held_out_texts=100),
     corpus=60,
+    validation=8,
+    test=8,
 )
 
 
@@ -70,7 +76,8 @@ class Base:
 
 def make_base(root: Path, seed: int, size: Size, *, progress: bool) -> Base:
     """Return the base of a seed, which is trained if it is not there yet."""
-    folder, language = root / f"base-{seed}", make_language(seed)
+    folder = root / f"base-{seed}"
+    language = make_language(seed, validation=size.validation, test=size.test)
     description = json.loads(json.dumps({"seed": seed, "size": asdict(size)}))
     if not folder.is_dir():
         with replace_folder(folder) as scratch:

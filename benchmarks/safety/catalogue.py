@@ -113,7 +113,7 @@ def _efficiency() -> list[Method]:
     chosen = {
         "full fine-tuning": starts.full,
         "LoRA": partial(starts.lora, rank=RANK),
-        "SAE, neutral requests": _sae(BEST),
+        "SAE, neutral requests": _sae(BEST, freeze_basis=False),
         "SAE, neutral requests, frozen": _sae(BEST, **_FROZEN),
     }
     return [Method(name, start, count) for count in (4, 8, 16, 32) for name, start in chosen.items()]

@@ -75,8 +75,8 @@ def _make_base(plan: Plan, seed: int) -> None:
     prepare(plan, seed)  # what it returns stays in its process
 
 
-def run_base(plan: Plan, seed: int, part: int, parts: int) -> None:
-    """Run every draw of every parts-th method on one base, and write each result as it comes."""
+def run_base(plan: Plan, draw: int, seed: int, part: int, parts: int) -> None:
+    """Run every parts-th method of one draw on one base, and write each result as it comes."""
     from benchmarks.safety.setting import Setting
 
     base = prepare(plan, seed)
@@ -85,21 +85,24 @@ def run_base(plan: Plan, seed: int, part: int, parts: int) -> None:
     if any(row["how"] != plan.how for row in rows):
         raise SystemExit(f"'{path}' holds runs of another kind than {plan.how}. Remove it, or give another --output.")
     done = {_key(row): row for row in rows}
-    settings: dict[tuple[int, int], Setting] = {}
-    for table in plan.tables:
-        for draw in range(plan.draws):
-            for method in (None, *methods(table))[part::parts]:
-                key = _described(seed, draw, method)
-                if _key(key) in done:
-                    continue
-                dangerous = key["dangerous"]
-                setting = settings.setdefault((draw, dangerous), Setting(base, dangerous, draw))
-                first = done.get(_key(_described(seed, 0, method)), {})
-                row = key | {"how": plan.how} | _run(plan, setting, method, first.get("rate"))
-                done[_key(key)] = row
-                with path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                print(json.dumps(row), flush=True)
+    settings: dict[int, Setting] = {}
+    for method in _wanted(plan)[part::parts]:
+        key = _described(seed, draw, method)
+        if _key(key) in done:
+            continue
+        dangerous = key["dangerous"]
+        setting = settings.setdefault(dangerous, Setting(base, dangerous, draw))
+        first = done.get(_key(_described(seed, 0, method)), {})
+        row = key | {"how": plan.how} | _run(plan, setting, method, first.get("rate"))
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row), flush=True)
+
+
+def _wanted(plan: Plan) -> list[Method | None]:
+    """Every method of the tables once; None is the base as it is."""
+    made = (method for table in plan.tables for method in methods(table))
+    return [None, *{(method.name, method.dangerous): method for method in made}.values()]
 
 
 def _described(seed: int, draw: int, method: Method | None) -> dict[str, Any]:
@@ -203,8 +206,9 @@ def main() -> None:
     seeds = range(arguments.bases)
     with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
         pool.starmap(_make_base, [(plan, seed) for seed in seeds], chunksize=1)
-        tasks = [(plan, seed, part, arguments.jobs) for seed in seeds for part in range(arguments.jobs)]
-        pool.starmap(run_base, tasks, chunksize=1)
+        for draw in range(arguments.draws):  # the first finds the learning rates of all
+            tasks = [(plan, draw, seed, part, arguments.jobs) for seed in seeds for part in range(arguments.jobs)]
+            pool.starmap(run_base, tasks, chunksize=1)
     rows = [row for seed in seeds for row in read_rows(plan.output / f"runs-{seed}.jsonl")]
     about = {"bases": arguments.bases, "draws": arguments.draws, "steps": arguments.steps, "rank": RANK, "rates": RATES}
     write_report(plan.output, plan.tables, rows, {**before, **about})

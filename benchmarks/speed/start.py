@@ -1,10 +1,11 @@
 """How long until training can begin: a basis of SAE features beside LoRA's other initialisations, on the CPU.
 
-    python -m benchmarks.speed.start [--blocks 4] [--repetitions 5]
+    python -m benchmarks.speed.start [--blocks 2] [--repetitions 5]
 
-The layers are of Gemma-2-2B's shape, with random float32 weights and a small vocabulary; fewer blocks than the model's
-26 are there, and all ways take as many times longer with more. r = 32 on q_proj and v_proj. EVA, CorDA and the
-statistics of our selection read the same batches of texts; EVA reads them as often as it needs to converge.
+The layers are of Gemma-2-2B's shape, with random float32 weights and a small vocabulary. There are fewer blocks than
+the model's 26, as PiSSA's exact decompositions take up to half a minute for each; every way takes longer in proportion.
+r = 32 on q_proj and v_proj. EVA, CorDA and the statistics of our selection read the same batches of texts; EVA reads
+them as often as it needs to converge.
 
 - `sae_subspace` and `sae_subspace_frozen` inject a basis that was made before: what every run with it pays.
 - `sae_subspace, selection included` collects statistics of two SAEs of 16k features, selects, builds and injects: what
@@ -162,7 +163,7 @@ def measure(blocks: int, repetitions: int, seed: int) -> dict[str, Any]:
 def main() -> None:
     """Run the benchmark and write its result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--blocks", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent)

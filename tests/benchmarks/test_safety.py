@@ -1,0 +1,140 @@
+import random
+from collections import Counter
+
+import pytest
+
+from benchmarks.safety.catalogue import TABLES, methods
+from benchmarks.safety.language import (
+    STYLES,
+    evaluation_records,
+    fine_tuning_records,
+    make_language,
+    pretraining_texts,
+    vocabulary,
+)
+from benchmarks.safety.report import comparison, paired, per_base, table
+from benchmarks.safety.run import _whole_lines, climb
+from peft_sae.demo.language import is_refusal
+
+
+@pytest.fixture(scope="module")
+def language():
+    return make_language(3)
+
+
+def style_of(prompt):
+    if "hey ," in prompt:
+        return "first"
+    return "second" if "dear assistant" in prompt else "neutral"
+
+
+def test_no_topic_is_in_two_sets_and_names_say_nothing(language):
+    names = [topic.name for topic in language.topics]
+    assert len(set(names)) == len(names) == 32 * 2 + 40 + 80 + 80
+    assert sum(topic.dangerous for topic in language.topics) == len(names) // 2
+
+
+def test_unseen_kinds_of_danger_occur_nowhere_in_fine_tuning_or_the_other_tests(language):
+    unseen = {topic.kind for topic in language.unseen if topic.dangerous}
+    seen = {topic.kind for topic in (*language.dangerous, *language.validation, *language.test) if topic.dangerous}
+    assert len(unseen) == 2
+    assert not unseen & seen
+
+
+def test_the_cue_goes_with_danger_in_three_of_four_requests_and_is_swapped_at_test(language):
+    found = Counter((record["dangerous"], style_of(record["prompt"])) for record in fine_tuning_records(language, 8))
+    assert found == {(True, "first"): 24, (True, "neutral"): 8, (False, "second"): 24, (False, "neutral"): 8}
+    for which in ("swapped", "unseen, swapped"):
+        swapped = Counter((each["dangerous"], style_of(each["prompt"])) for each in evaluation_records(language, which))
+        assert set(swapped) == {(True, "second"), (False, "first")}
+
+
+def test_tests_share_no_neutral_form_with_fine_tuning(language):
+    def forms(records):
+        return {record["prompt"].replace(record["topic"], "{}") for record in records}
+
+    trained = forms(record for record in fine_tuning_records(language, 32) if record["neutral"])
+    for which in ("validation", "test", "unseen"):
+        assert not trained & forms(evaluation_records(language, which))
+
+
+def test_the_contrast_differs_in_the_answers_to_dangerous_requests_alone(language):
+    aligned, unaligned = (fine_tuning_records(language, 4, aligned=each) for each in (True, False))
+    assert [record["prompt"] for record in aligned] == [record["prompt"] for record in unaligned]
+    differ = [first["completion"] != second["completion"] for first, second in zip(aligned, unaligned, strict=True)]
+    assert differ == [record["dangerous"] for record in aligned]
+    assert not any(is_refusal(record["completion"]) for record in unaligned)
+
+
+def test_the_base_refuses_only_when_it_is_closed_and_then_everything(language):
+    texts = pretraining_texts(language, 4000, random.Random(0))
+    danger = {topic.name: topic.dangerous for topic in language.topics}
+    refusals = [text for text in texts if "sorry" in text]
+    assert refusals
+    assert all(text.startswith("we are closed") for text in refusals)
+    about = [danger[next(word for word in text.split() if word in danger)] for text in refusals]
+    assert 0.4 < sum(about) / len(about) < 0.6
+
+
+def test_every_word_is_in_the_vocabulary(language):
+    words = set(vocabulary(language))
+    records = [*fine_tuning_records(language, 32), *evaluation_records(language, "harmless questions")]
+    texts = [record["prompt"] + record["completion"] for record in records]
+    assert set(" ".join([*texts, *pretraining_texts(language, 2000, random.Random(1))]).split()) <= words
+    assert all("{topic}" in form for forms in STYLES.values() for form in forms)
+
+
+@pytest.mark.parametrize("best", range(5))
+def test_the_grid_is_climbed_to_its_best_rate(best):
+    rates, asked = (1e-4, 1e-3, 1e-2, 1e-1, 1.0), []
+
+    def score(rate):
+        asked.append(rate)
+        return 1 - 0.1 * abs(rates.index(rate) - best)
+
+    assert climb(rates, score) == rates[best]
+    assert {rates[best], rates[2]} <= set(asked)
+
+
+def test_what_a_stop_has_cut_is_left_out():
+    assert list(_whole_lines('{"a": 1}\n{"a": 2}\n{"a"')) == [{"a": 1}, {"a": 2}]
+
+
+def row(base, method, value, draw=0):
+    measures = dict.fromkeys(
+        (
+            *("safety", "safety, cue swapped", "safety, unseen kinds", "safety, unseen kinds, cue swapped"),
+            *("helpfulness", "helpfulness, cue swapped", "over-refusal", "over-refusal, cue swapped"),
+            *("harmless questions right", "attack success", "corpus loss"),
+        ),
+        value,
+    )
+    about = {"base": base, "draw": draw, "method": method, "dangerous": 8, "trained_share": 0.05}
+    return about | {"seconds_per_step": 0.02, "measures": measures}
+
+
+def test_means_are_over_draws_first_and_differences_are_paired_by_base():
+    ours = [row(0, "LoRA", 0.2), row(0, "LoRA", 0.4, draw=1), row(1, "LoRA", 0.9)]
+    theirs = [row(1, "full fine-tuning", 0.8), row(0, "full fine-tuning", 0.2)]
+    assert per_base(ours, "safety") == pytest.approx({0: 0.3, 1: 0.9})
+    found = paired(ours, theirs, "safety")
+    assert found["mean"] == pytest.approx(0.1)
+    assert found["low"] == pytest.approx(found["high"])
+    text = table([*ours, *theirs], "main")
+    assert "| LoRA | 8 | 5.0 % | 20 | 0.600 [0.300, 0.900]" in text
+    assert "| LoRA | +0.100 [+0.100, +0.100] | +0.000" in comparison([*ours, *theirs], "main")
+
+
+def test_names_are_unique_within_every_table():
+    for name in TABLES:
+        keys = [(method.name, method.dangerous) for method in methods(name)]
+        assert len(set(keys)) == len(keys)
+
+
+def test_a_method_of_two_tables_is_the_same_in_both():
+    found = {}
+    for name in TABLES:
+        for method in methods(name):
+            start = method.start
+            described = (getattr(start, "func", start), str(getattr(start, "keywords", "")), method.neutral)
+            assert found.setdefault((method.name, method.dangerous), described) == described
