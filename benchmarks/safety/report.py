@@ -8,23 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import summary
-from benchmarks.safety.catalogue import DANGEROUS, methods
+from benchmarks.safety.catalogue import methods
 
 # The headline: kinds of danger that fine-tuning does not have, asked for in the style of the harmless.
 OUT, OUT_HELP = "safety, unseen kinds, cue swapped", "helpfulness, cue swapped"
-COLUMNS = (
-    "safety",
-    "safety, cue swapped",
-    "safety, unseen kinds",
-    OUT,
-    "helpfulness",
-    OUT_HELP,
-    "over-refusal",
-    "over-refusal, cue swapped",
-    "harmless questions right",
-    "attack success",
-    "corpus loss",
-)
+_SAFETY = ("safety", "safety, cue swapped", "safety, unseen kinds", OUT, "helpfulness", OUT_HELP)
+_PRICE = ("over-refusal", "over-refusal, cue swapped", "harmless questions right", "attack success", "corpus loss")
+_HEADS = {
+    "safety": "safety",
+    "safety, cue swapped": "cue swapped",
+    "safety, unseen kinds": "unseen kinds",
+    OUT: "unseen kinds, cue swapped",
+    "over-refusal, cue swapped": "cue swapped",
+}
 _PEERS = ("full fine-tuning", "LoRA")
 
 Rows = Sequence[Mapping[str, Any]]
@@ -49,23 +45,32 @@ def paired(rows: Rows, other: Rows, column: str) -> dict[str, float]:
     return summary([ours[base] - theirs[base] for base in ours if base in theirs])
 
 
-def _cell(found: Mapping[str, float], sign: str = "") -> str:
-    return f"{found['mean']:{sign}.3f} [{found['low']:{sign}.3f}, {found['high']:{sign}.3f}]"
+def _cell(column: str, found: Mapping[str, float], sign: str = "") -> str:
+    """Mean and interval: shares in percent, the loss in nats."""
+    form, scale = (f"{sign}.3f", 1) if column == "corpus loss" else (f"{sign}.0f", 100)
+    mean, low, high = (format(scale * found[name], form) for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def table(rows: Rows, name: str) -> str:
     """Return a table as Markdown: means over bases and draws, with bootstrap 95 % intervals over the bases."""
-    heads = ["method", "dangerous topics", "trained", "ms per step", *COLUMNS]
+    return f"{_part(rows, name, _SAFETY, ())}\n\n{_part(rows, name, _PRICE, ('trained', 'ms per step'))}"
+
+
+def _part(rows: Rows, name: str, columns: Sequence[str], about: Sequence[str]) -> str:
+    heads = ["method", "topics", *about, *(_HEADS.get(column, column) for column in columns)]
     lines = [_line(heads), "|---" * len(heads) + "|"]
     for method, dangerous in (("base", 1), *((each.name, each.dangerous) for each in methods(name))):
         group = of_method(rows, method, dangerous)
         if not group:
             continue
-        trained = [row["trained_share"] for row in group if "trained_share" in row]
-        steps = sorted(row["seconds_per_step"] for row in group if "seconds_per_step" in row)
-        cells = [method, str(dangerous) if trained else "-", f"{100 * trained[0]:.1f} %" if trained else "-"]
-        cells.append(f"{1000 * steps[len(steps) // 2]:.0f}" if steps else "-")
-        cells += [_cell(summary(list(per_base(group, column).values()))) for column in COLUMNS]
+        cells = [method, str(dangerous) if method != "base" else "-"]
+        if about:
+            trained = [row["trained_share"] for row in group if "trained_share" in row]
+            # The fastest of the runs, as two run at a time and disturb each other.
+            steps = [row["seconds_per_step"] for row in group if "seconds_per_step" in row]
+            cells += [f"{100 * trained[0]:.1f} %" if trained else "-", f"{1000 * min(steps):.0f}" if steps else "-"]
+        cells += [_cell(column, summary(list(per_base(group, column).values()))) for column in columns]
         lines.append(_line(cells))
     return "\n".join(lines)
 
@@ -73,14 +78,15 @@ def table(rows: Rows, name: str) -> str:
 def comparison(rows: Rows, name: str) -> str:
     """Return the differences to full fine-tuning and to LoRA as Markdown, paired by base."""
     columns = ("safety", OUT, OUT_HELP, "corpus loss")
-    heads = ["method", *(f"{column}: minus {peer}" for column in columns for peer in _PEERS)]
+    peers = [peer for peer in _PEERS if any(row["method"] == peer for row in rows)]
+    heads = ["method", "topics", *(f"{_HEADS.get(each, each)}: minus {peer}" for each in columns for peer in peers)]
     lines = [_line(heads), "|---" * len(heads) + "|"]
     for method in methods(name):
         group = of_method(rows, method.name, method.dangerous)
-        peers = [of_method(rows, peer, method.dangerous) for peer in _PEERS]
-        if group and all(peers):
-            cells = [_cell(paired(group, peer, column), "+") for column in columns for peer in peers]
-            lines.append(_line([method.name, *cells]))
+        others = [of_method(rows, peer, method.dangerous) for peer in peers]
+        if group and all(others):
+            cells = [_cell(column, paired(group, other, column), "+") for column in columns for other in others]
+            lines.append(_line([method.name, str(method.dangerous), *cells]))
     return "\n".join(lines)
 
 
@@ -89,40 +95,37 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def plot_frontier(rows: Rows, name: str, path: Path) -> None:
-    """Draw safety out of distribution against helpfulness there, one point per method, with intervals."""
+    """Draw safety out of distribution against helpfulness there: one numbered point per method, with intervals."""
     from benchmarks import plots
 
-    figure, axis = plots.plt.subplots(figsize=(8.5, 6))
+    figure, axis = plots.plt.subplots(figsize=(8.5, 6.5))
     colours = {"SAE": plots.COLOURS[0], "full": plots.COLOURS[1], "LoRA": plots.COLOURS[2]}
-    for method in methods(name):
+    shown = [each for each in methods(name) if of_method(rows, each.name, each.dangerous)]
+    for number, method in enumerate(shown, 1):
         group = of_method(rows, method.name, method.dangerous)
-        if not group:
-            continue
         across, up = (summary(list(per_base(group, column).values())) for column in (OUT_HELP, OUT))
-        colour = next((found for start, found in colours.items() if method.name.startswith(start)), "#888888")
-        errors = [[[each["mean"] - each["low"]], [each["high"] - each["mean"]]] for each in (across, up)]
-        axis.errorbar(
-            across["mean"],
-            up["mean"],
-            xerr=errors[0],
-            yerr=errors[1],
-            fmt="o",
-            color=colour,
-            alpha=0.75,
-            elinewidth=0.6,
+        colour = next((found for start, found in colours.items() if method.name.startswith(start)), "#777777")
+        spans = [[[each["mean"] - each["low"]], [each["high"] - each["mean"]]] for each in (across, up)]
+        place = across["mean"], up["mean"]
+        axis.errorbar(*place, xerr=spans[0], yerr=spans[1], color=colour, alpha=0.35, elinewidth=0.8)
+        hollow = "frozen" in method.name
+        axis.plot(
+            *place,
+            marker="o",
+            markersize=13,
+            linestyle="",
+            markerfacecolor="white" if hollow else colour,
+            markeredgecolor=colour,
+            label=f"{number}  {method.name}",
         )
         axis.annotate(
-            method.name,
-            (across["mean"], up["mean"]),
-            xytext=(4, 3),
-            textcoords="offset points",
-            fontsize=7,
-            color=colour,
+            str(number), place, ha="center", va="center", fontsize=7, color=colour if hollow else "white", weight="bold"
         )
     axis.set_xlabel("helpfulness, cue swapped")
     axis.set_ylabel("safety, unseen kinds of danger, cue swapped")
     axis.grid(color="#dddddd", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, markerscale=0.5)
     plots.save(figure, path)
 
 
@@ -151,6 +154,7 @@ def plot_efficiency(rows: Rows, path: Path) -> None:
 
 def write_report(folder: Path, tables: Sequence[str], rows: Rows, about: Mapping[str, Any]) -> None:
     """Write what each table has as JSON, Markdown and plots, and print the tables."""
+    rows = sorted(rows, key=lambda row: (row["base"], row["draw"]))
     for name in tables:
         wanted = {("base", 1), *((method.name, method.dangerous) for method in methods(name))}
         own = [row for row in rows if (row["method"], row["dangerous"]) in wanted]
@@ -158,7 +162,7 @@ def write_report(folder: Path, tables: Sequence[str], rows: Rows, about: Mapping
         result = {"benchmark": f"safety after fine-tuning: {name}", **about, "core_minutes": minutes, "rows": own}
         (folder / f"result-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         text = f"{table(own, name)}\n"
-        if any(row["method"] == "LoRA" and row["dangerous"] == DANGEROUS for row in own):
+        if any(row["method"] == "LoRA" for row in own):
             text += f"\nDifferences, paired by base:\n\n{comparison(own, name)}\n"
         (folder / f"table-{name}.md").write_text(text)
         print(text)

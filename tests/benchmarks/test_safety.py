@@ -121,8 +121,9 @@ def test_means_are_over_draws_first_and_differences_are_paired_by_base():
     assert found["mean"] == pytest.approx(0.1)
     assert found["low"] == pytest.approx(found["high"])
     text = table([*ours, *theirs], "main")
-    assert "| LoRA | 8 | 5.0 % | 20 | 0.600 [0.300, 0.900]" in text
-    assert "| LoRA | +0.100 [+0.100, +0.100] | +0.000" in comparison([*ours, *theirs], "main")
+    assert "| LoRA | 8 | 60 [30, 90]" in text
+    assert "| LoRA | 8 | 5.0 % | 20 | 60 [30, 90]" in text
+    assert "| LoRA | 8 | +10 [+10, +10] | +0" in comparison([*ours, *theirs], "main")
 
 
 def test_names_are_unique_within_every_table():
