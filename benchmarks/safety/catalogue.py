@@ -43,10 +43,10 @@ def _sae(basis: Basis, *, rank: Any = RANK, **fields: Any) -> _Start:
     return partial(starts.sae, rank=rank, basis=basis, **fields)
 
 
-def _trained_and_frozen(name: str, basis: Basis, **fields: Any) -> list[Method]:
+def _trained_and_frozen(name: str, basis: Basis, *, neutral: bool = False) -> list[Method]:
     return [
-        Method(name, _sae(basis, freeze_basis=False, **fields)),
-        Method(f"{name}, frozen", _sae(basis, **_FROZEN, **fields)),
+        Method(name, _sae(basis, freeze_basis=False), neutral=neutral),
+        Method(f"{name}, frozen", _sae(basis, **_FROZEN), neutral=neutral),
     ]
 
 
@@ -68,6 +68,7 @@ def _main() -> list[Method]:
     ]
     for contrast in ("answers", "requests", "neutral requests"):
         methods += _trained_and_frozen(f"SAE, {contrast}", Basis(contrast=contrast))
+    methods += _trained_and_frozen("SAE, neutral requests only", BEST, neutral=True)
     for kind in CONTROLS:
         methods += _trained_and_frozen(kind.replace("_", " "), replace(BEST, control=kind))
     return methods
