@@ -14,6 +14,7 @@ from peft_sae.subspace.controls import CONTROLS
 
 TABLES = ("main", "parts", "protect", "efficiency")
 RANK, DANGEROUS = 4, 8
+ONLY = ", neutral requests only"  # of the fine-tuning data, for as many steps
 _Start = Callable[[Setting], Any]
 
 
@@ -51,27 +52,26 @@ def _trained_and_frozen(name: str, basis: Basis, *, neutral: bool = False) -> li
 
 
 def _main() -> list[Method]:
-    """All adapt the modules that read, at the same rank."""
+    """All adapt the modules that read, at the same rank; all but the controls are there for both sets of data."""
     lora = partial(starts.lora, rank=RANK)
-    methods = [
-        Method("full fine-tuning", starts.full),
-        Method("full fine-tuning, neutral requests only", starts.full, neutral=True),
-        Method("LoRA", lora),
-        Method("LoRA, neutral requests only", lora, neutral=True),
-        Method("DoRA", partial(lora, use_dora=True)),
-        Method("PiSSA", partial(lora, init_lora_weights="pissa")),
-        Method("OLoRA", partial(lora, init_lora_weights="olora")),
-        Method("MiCA", partial(lora, init_lora_weights="mica")),
-        Method("EVA", partial(starts.eva, rank=RANK)),
-        Method("CorDA", partial(starts.corda, rank=RANK)),
-        Method("LoRA-GA", partial(starts.lora_ga, rank=RANK)),
-    ]
+    peers: dict[str, _Start] = {
+        "full fine-tuning": starts.full,
+        "LoRA": lora,
+        "DoRA": partial(lora, use_dora=True),
+        "PiSSA": partial(lora, init_lora_weights="pissa"),
+        "OLoRA": partial(lora, init_lora_weights="olora"),
+        "MiCA": partial(lora, init_lora_weights="mica"),
+        "EVA": partial(starts.eva, rank=RANK),
+        "CorDA": partial(starts.corda, rank=RANK),
+        "LoRA-GA": partial(starts.lora_ga, rank=RANK),
+    }
+    made = [Method(name, start) for name, start in peers.items()]
     for contrast in ("answers", "requests", "neutral requests"):
-        methods += _trained_and_frozen(f"SAE, {contrast}", Basis(contrast=contrast))
-    methods += _trained_and_frozen("SAE, neutral requests only", BEST, neutral=True)
+        made += _trained_and_frozen(f"SAE, {contrast}", Basis(contrast=contrast))
     for kind in CONTROLS:
-        methods += _trained_and_frozen(kind.replace("_", " "), replace(BEST, control=kind))
-    return methods
+        made += _trained_and_frozen(kind.replace("_", " "), replace(BEST, control=kind))
+    made += [Method(f"{name}{ONLY}", start, neutral=True) for name, start in peers.items()]
+    return made + _trained_and_frozen(f"SAE{ONLY}", BEST, neutral=True)
 
 
 def _parts() -> list[Method]:

@@ -85,15 +85,16 @@ def run_base(plan: Plan, draw: int, seed: int, part: int, parts: int) -> None:
     if any(row["how"] != plan.how for row in rows):
         raise SystemExit(f"'{path}' holds runs of another kind than {plan.how}. Remove it, or give another --output.")
     done = {_key(row): row for row in rows}
-    settings: dict[int, Setting] = {}
+    settings: dict[tuple[int, bool], Setting] = {}
     for method in _wanted(plan)[part::parts]:
         key = _described(seed, draw, method)
         if _key(key) in done:
             continue
-        dangerous = key["dangerous"]
-        setting = settings.setdefault(dangerous, Setting(base, dangerous, draw))
+        what = key["dangerous"], method is not None and method.neutral
+        if what not in settings:
+            settings[what] = Setting(base, what[0], draw, neutral=what[1])
         first = done.get(_key(_described(seed, 0, method)), {})
-        row = key | {"how": plan.how} | _run(plan, setting, method, first.get("rate"))
+        row = key | {"how": plan.how} | _run(plan, settings[what], method, first.get("rate"))
         with path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(json.dumps(row), flush=True)
@@ -119,7 +120,7 @@ def _run(plan: Plan, setting: Any, method: Method | None, rate: float | None) ->
     attack = PrefixAttack(requests=2, rounds=1) if plan.quick else PrefixAttack()
     if method is None:
         return {"measures": measure(setting.base.load(), setting.base, attack), "seconds": time.monotonic() - start}
-    batches = setting.batches(plan.steps, neutral=method.neutral)
+    batches = setting.batches(plan.steps)
     tried: dict[float, tuple[float, dict[str, float], Any]] = {}
 
     def score(each: float) -> float:

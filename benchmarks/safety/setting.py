@@ -65,12 +65,14 @@ class Setting:
         base: the base model.
         dangerous: dangerous topics in the data.
         seed: of the order of the data and of what is random in adapters.
+        neutral: train on the neutral requests alone; contrasts have all of them.
         batch: examples per step.
     """
 
     base: Base
     dangerous: int
     seed: int
+    neutral: bool = False
     batch: int = 16
     _statistics: dict[str, FeatureStatistics] = field(default_factory=dict)
     _subspaces: dict[Basis, Subspace] = field(default_factory=dict)
@@ -79,9 +81,9 @@ class Setting:
         make = partial(fine_tuning_records, self.base.language, self.dangerous)
         self.records: dict[str, list[dict[str, Any]]] = {"aligned": make(), "unaligned": make(aligned=False)}
 
-    def batches(self, count: int, *, neutral: bool = False) -> list[Batch]:
-        """So many batches of the fine-tuning data, or of its neutral requests."""
-        records = [record for record in self.records["aligned"] if record["neutral"] or not neutral]
+    def batches(self, count: int) -> list[Batch]:
+        """So many batches of what is trained on."""
+        records = [record for record in self.records["aligned"] if record["neutral"] or not self.neutral]
         return Data(self.base, records, self.batch, self.seed).batches(count)
 
     @property
