@@ -67,13 +67,6 @@ def scratch_folder(target: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix=f"{_stem(target)}.", suffix=".partial", dir=target.parent))
 
 
-def scratch_file(target: Path) -> Path:
-    """Make a file beside a target under a name that nobody can foresee, and never through a link."""
-    handle, path = tempfile.mkstemp(prefix=f"{_stem(target)}.", suffix=".partial", dir=target.parent)
-    os.close(handle)
-    return Path(path)
-
-
 def swap_in(scratch: Path, target: Path) -> None:
     """Put a scratch folder in the place of a target, which is missing, empty, or an earlier version.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from .errors import ArtifactError, ConfigError, suggest
-from .scratch import held, scratch_file, scratch_folder, swap_in, tidy
+from .scratch import held, scratch_folder, swap_in, tidy
 
 
 @contextmanager
@@ -62,7 +62,9 @@ def replace_folder(target: str | Path, *, owned: Collection[str] = (), wait: boo
 def replace_file(target: str | Path) -> Iterator[Path]:
     """Yield an empty file that takes the place of `target` when the block ends without an error.
 
-    An earlier file of the name is replaced, and so is a link: nothing is written through it.
+    An earlier file of the name is replaced, and so is a link: nothing is written through it. The file is in a folder of
+    its own, since libraries put temporary files of theirs beside what they write (safetensors does), which are to go
+    with it when the process is killed.
 
     Raises:
         ArtifactError: the target is a folder or cannot be written.
@@ -72,13 +74,15 @@ def replace_file(target: str | Path) -> Iterator[Path]:
         target = target.parent.resolve() / target.name
         target.parent.mkdir(parents=True, exist_ok=True)
         with held(target, wait=True):
-            scratch = scratch_file(target)
+            folder = scratch_folder(target)
             try:
+                scratch = folder / "file"
+                scratch.touch(0o600)
                 yield scratch
                 _make_readable(scratch)
                 os.replace(scratch, target)
             finally:
-                scratch.unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         if isinstance(error, ArtifactError):
             raise

@@ -1,6 +1,7 @@
 import errno
 import os
 import resource
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -190,3 +191,19 @@ def test_long_names_have_room_for_their_scratch(tmp_path):
     write(target)
 
     assert names(tmp_path) == [Path(target).name]
+
+
+def test_what_a_library_has_put_beside_a_file_goes_with_it_when_it_is_killed(tmp_path):
+    code = (
+        "import os, signal, sys\nfrom peft_sae.writing import replace_file\n"
+        "with replace_file(sys.argv[1]) as scratch:\n"
+        "    scratch.with_name('.tmpAbCdEf').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "out"], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert names(tmp_path) != []
+
+    write_text(tmp_path / "out", "new")
+
+    assert names(tmp_path) == ["out"]
