@@ -47,7 +47,7 @@ SWEEPS: Mapping[str, tuple[Any, ...]] = {
     "decoder error": (0.0, 0.003, 0.01, 0.03, 0.1, 0.3),
     "concepts per dimension": (0.5, 1.0, 2.0, 4.0, 8.0),
     "r": (2, 4, 8, 16),
-    "trained SAE": tuple((kind, samples) for kind in ("standard", "topk", "batchtopk") for samples in (2**18, 2**21)),
+    "trained SAE": tuple((kind, samples) for kind in ("standard", "topk", "batchtopk") for samples in (2**16, 2**18)),
 }
 _ASKED = {"sae at most": 0.05, "direct, share of the floor": 0.8}
 

@@ -99,12 +99,12 @@ def plot_frontier(rows: Rows, name: str, path: Path) -> None:
     from benchmarks import plots
 
     figure, axis = plots.plt.subplots(figsize=(8.5, 6.5))
-    colours = {"SAE": plots.COLOURS[0], "full": plots.COLOURS[1], "LoRA": plots.COLOURS[2]}
+    colours = dict(zip(("SAE", "full fine-tuning", "LoRA"), plots.COLOURS, strict=False))
     shown = [each for each in methods(name) if of_method(rows, each.name, each.dangerous)]
     for number, method in enumerate(shown, 1):
         group = of_method(rows, method.name, method.dangerous)
         across, up = (summary(list(per_base(group, column).values())) for column in (OUT_HELP, OUT))
-        colour = next((found for start, found in colours.items() if method.name.startswith(start)), "#777777")
+        colour = colours.get(method.name.split(",")[0], "#777777")
         spans = [[[each["mean"] - each["low"]], [each["high"] - each["mean"]]] for each in (across, up)]
         place = across["mean"], up["mean"]
         axis.errorbar(*place, xerr=spans[0], yerr=spans[1], color=colour, alpha=0.35, elinewidth=0.8)
