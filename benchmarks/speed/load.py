@@ -54,9 +54,7 @@ def measure_loading(blocks: int, repetitions: int, seed: int) -> dict[str, list[
     torch.manual_seed(seed)
     shape = {"hidden_size": 2304, "intermediate_size": 9216, "head_dim": 256, "vocab_size": 1024}
     config = Gemma2Config(num_hidden_layers=blocks, num_attention_heads=8, num_key_value_heads=4, **shape)
-    with torch.device("meta"):
-        empty = Gemma2ForCausalLM(config)
-    model = empty.to_empty(device="cpu").to(torch.bfloat16)
+    model = Gemma2ForCausalLM(config).to(torch.bfloat16)
     subspace = make_subspace(model, (blocks // 3, 2 * blocks // 3), rank=32, features=64, seed=seed)
     configs = {
         "lora": LoraConfig(**_FIELDS),
