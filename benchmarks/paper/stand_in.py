@@ -209,15 +209,20 @@ def _write_tasks(folder: Path, place: Path, names: list[str], rng: random.Random
         ]
         path = folder / f"{name}.jsonl"
         _write_lines(path, questions)
-        task = {
-            "task": f"stand_in_{name}",
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(place / path.name)}},
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{question}}",
-            "doc_to_choice": "{{choices}}",
-            "doc_to_target": "answer",
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        }
+        task = multiple_choice_task(f"stand_in_{name}", place / path.name)
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
+
+
+def multiple_choice_task(name: str, path: Path) -> dict[str, Any]:
+    """A task of lm-evaluation-harness over a JSONL file of `question`, `choices` and the place of the right one."""
+    return {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(path)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "answer",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }

@@ -8,6 +8,7 @@ pytest.importorskip("lm_eval", reason="the extra 'paper' is not installed")
 
 from benchmarks.paper.capability import make_tasks, run_tasks
 from benchmarks.paper.specs import CapabilitySpec
+from benchmarks.paper.stand_in import multiple_choice_task
 from peft_sae.errors import ConfigError
 
 QUESTIONS = [
@@ -24,17 +25,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tasks")
     for name in ("one", "two"):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
-        task = {
-            "task": f"local_{name}",
-            "dataset_path": "json",
-            "dataset_kwargs": {"data_files": {"test": str(folder / f"{name}.jsonl")}},
-            "test_split": "test",
-            "output_type": "multiple_choice",
-            "doc_to_text": "{{question}}",
-            "doc_to_choice": "{{choices}}",
-            "doc_to_target": "answer",
-            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-        }
+        task = multiple_choice_task(f"local_{name}", folder / f"{name}.jsonl")
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(task))
     group = {"group": "local_group", "task": ["local_one", "local_two"]}
     metrics = [{"metric": "acc", "weight_by_size": True}]
