@@ -70,8 +70,8 @@ def summary(values: Sequence[float], *, draws: int = 2000, seed: int = 0) -> dic
 
 
 def circumstances(seed: int, device: str) -> Mapping[str, Any]:
-    """Seed, versions, machine and commit of a run."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    """Seed, versions, machine and commit of a run, and whether tracked files differed from the commit."""
+    commit = _git("rev-parse", "HEAD")
     return {
         "seed": seed,
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
@@ -83,4 +83,9 @@ def circumstances(seed: int, device: str) -> Mapping[str, Any]:
             "load_before": round(os.getloadavg()[0], 2),
         },
         "commit": commit,
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
     }
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()

@@ -48,8 +48,9 @@ difference) have the contrast of `neutral requests`, and no SAE.
 
 **What this does not show.** The models have four layers, the language is made up, and the share of trained parameters
 is that of a tiny model. Learning rates are chosen on requests without a style, as in life, where nobody validates on a
-swap that nobody knows of. What follows for a model of billions of parameters is open until somebody runs
-`benchmarks/paper`.
+swap that nobody knows of. The attack breaks most requests with every method, so it tells them apart hardly. Two runs
+at a time disturb each other's step times. What follows for a model of billions of parameters is open until somebody
+runs `benchmarks/paper`.
 """
 _RECOVERY = """## Recovery
 
@@ -146,6 +147,9 @@ def _section(folder: str, name: str, title: str, plot: str) -> Iterator[str]:
 
 def _safety() -> Iterator[str]:
     yield _SAFETY.strip()
+    main = _read(HERE / "safety/result-main.json")
+    if main:
+        yield f"Recorded here: {main['bases']} base models, draws of the data for each: {main['draws']}."
     verdicts = [*_safety_verdicts(), *_efficiency_verdict(), *_time_verdict()]
     yield "### What was asked\n\n" + ("\n".join(verdicts) or "Not run yet.")
     yield from _section("safety", "table-main.md", "Methods", "frontier-main")

@@ -120,8 +120,9 @@ class Setting:
             rows = torch.randn(site.directions.shape, generator=generator)
             if way == "raw direction":
                 first, second = (found.of(style)[places.index(site.sae.hook_name)].raw for style in ("first", "second"))
-                if first is not None and second is not None:
-                    rows = (first.mean - second.mean).float()[None]
+                if first is None or second is None:
+                    raise ValueError(f"The statistics hold no raw activations at {site.sae.hook_name}.")
+                rows = (first.mean - second.mean).float()[None]
             rows = torch.nn.functional.normalize(rows, dim=1)
             count = len(rows)
             guards.append(replace(site, features=torch.arange(count), directions=rows, tokens=((),) * count))
