@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,6 +69,16 @@ def summary(values: Sequence[float], *, draws: int = 2000, seed: int = 0) -> dic
     chosen = torch.randint(len(found), (draws, len(found)), generator=torch.Generator().manual_seed(seed))
     low, high = found[chosen].mean(dim=1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return {"mean": float(found.mean()), "low": low, "high": high}
+
+
+def timing_options(about: str | None, *, blocks: int, repetitions: int, output: Path) -> argparse.Namespace:
+    """Read the options of a benchmark that times some blocks of a model, with these defaults."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=blocks)
+    parser.add_argument("--repetitions", type=int, default=repetitions)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=output, help="folder for the result")
+    return parser.parse_args()
 
 
 def circumstances(seed: int, device: str) -> Mapping[str, Any]:

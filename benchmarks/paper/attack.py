@@ -94,7 +94,7 @@ def attack(
     form = generation.prompt_form
     keys = [key_of("gcg", identity, prompt.text, spec.target, dict(spec.settings), form, seed) for prompt in prompts]
     with open_lines(path) as cache:
-        left = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in cache}
+        left = cache.missing(keys, prompts)
         if left:
             trained = load()
             for key, prompt in tqdm(left.items(), desc=label, unit=" prompts", disable=not progress):

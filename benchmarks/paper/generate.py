@@ -65,7 +65,7 @@ def generate(
     """
     keys = [answer_key(identity, prompt.text, spec) for prompt in prompts]
     with open_lines(path) as cache:
-        left = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in cache}
+        left = cache.missing(keys, prompts)
         if left:
             _generate(load(), left, spec, cache, label, progress)
         return [_answer(prompt, cache[key]) for prompt, key in zip(prompts, keys, strict=True)]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft_sae.errors import ArtifactError
 from peft_sae.writing import alone, check_writable
+
+_T = TypeVar("_T")
 
 
 def key_of(*parts: Any) -> str:
@@ -33,6 +35,10 @@ class Lines(Mapping[str, Mapping[str, Any]]):
     def __len__(self) -> int:
         """Return the number of rows."""
         return len(self._rows)
+
+    def missing(self, keys: Sequence[str], items: Sequence[_T]) -> dict[str, _T]:
+        """Return the items that have no row yet by their keys, each key once."""
+        return {key: item for key, item in zip(keys, items, strict=True) if key not in self}
 
     def add(self, key: str, row: Mapping[str, Any]) -> None:
         """Add a row, on the disk too when this returns."""

@@ -4,13 +4,14 @@
 
 Activations are sums of concepts, more of them than dimensions; r concepts fire more often in one class of texts. The
 engine reads these activations off a model (`benchmarks/embedded.py`), selects r features by the difference of their
-means, and builds the basis, as for any model. Beside it stand the bases that `control_subspace` makes without an SAE:
-neurons, PCA of differences, the difference of the means, random.
+means, and builds the basis, as for any model. Beside it stand the same SAE with the right features named, so that the
+decoder's part of the error shows alone, and the bases that `control_subspace` makes without an SAE: neurons, PCA of
+differences, the difference of the means, random.
 
 The error is |sin| of the principal angles to the concepts' own span (Frobenius norm): 0 where they are the same,
 sqrt(r - 1) where one direction is shared: the floor that SAILS (arXiv 2512.23260) gives for picking directions in the
-polysemantic space. Four things vary: the decoder's error, superposition (concepts per dimension), r, and, in SAEs that
-sae-lens trains on the same activations, architecture and training.
+polysemantic space. Five things vary: the decoder's error, dimensions, superposition (concepts per dimension), r, and,
+in SAEs that sae-lens trains on the same activations, architecture and training.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ from typing import Any
 from sae_lens import SAE
 
 from benchmarks.common import circumstances, summary
-from benchmarks.embedded import model_of, texts_of, tokenizer_of
+from benchmarks.embedded import HOOK, model_of, texts_of, tokenizer_of
 from benchmarks.recovery.world import (
     World,
     decoder_error,
     draw_texts,
     make_world,
+    nearest_features,
     noised_sae,
     subspace_error,
     trained_sae,
@@ -40,14 +42,15 @@ from peft_sae import Measures, collect_statistics, control_subspace, load_saes, 
 from peft_sae.subspace.build import subspace_from_selection
 
 HERE = Path(__file__).parent
-WAYS = ("sae", "neurons", "difference_pca", "mean_difference", "random")
+WAYS = ("sae", "sae, features named", "neurons", "difference_pca", "mean_difference", "random")
 _WIDTH, _TEXTS, _LENGTH = 64, 60, 25
 _CROWDING, _RANK, _ERROR = 2.0, 8, 0.01
 SWEEPS: Mapping[str, tuple[Any, ...]] = {
     "decoder error": (0.0, 0.003, 0.01, 0.03, 0.1, 0.3),
+    "dimensions": (32, 64, 128, 256, 512),
     "concepts per dimension": (0.5, 1.0, 2.0, 4.0, 8.0),
     "r": (2, 4, 8, 16),
-    "trained SAE": tuple((kind, samples) for kind in ("standard", "topk", "batchtopk") for samples in (2**16, 2**18)),
+    "trained SAE": tuple((kind, samples) for kind in ("standard", "topk", "batchtopk") for samples in (2**18, 2**20)),
 }
 _ASKED = {"sae at most": 0.05, "direct, share of the floor": 0.8}
 
@@ -61,9 +64,10 @@ def recover(world: World, sae: SAE, seed: int) -> dict[str, Any]:
     rank = len(world.task)
     selection = select_features(found, top_k=rank, saes=saes, seed=seed)
     own = subspace_from_selection(model, None, selection, saes, variance=1.0)
-    bases = {"sae": own} | {
-        kind: control_subspace(own, kind, statistics=found, seed=seed) for kind in WAYS if kind != "sae"
-    }
+    right = list(dict.fromkeys(f"{HOOK}:{feature}" for feature in nearest_features(world, sae.W_dec.data).tolist()))
+    named = select_features(found, selector="explicit", features=right, top_k=rank, saes=saes)
+    bases = {"sae": own, "sae, features named": subspace_from_selection(model, None, named, saes, variance=1.0)}
+    bases |= {kind: control_subspace(own, kind, statistics=found, seed=seed) for kind in WAYS if kind not in bases}
     errors = {name: subspace_error(world.truth, subspace.sites[0].basis) for name, subspace in bases.items()}
     return {
         "rank": rank,
@@ -79,7 +83,8 @@ def cases(seed: int, sweeps: Mapping[str, tuple[Any, ...]]) -> Iterator[tuple[st
         for value in values:
             crowding = value if sweep == "concepts per dimension" else _CROWDING
             rank = value if sweep == "r" else _RANK
-            world = make_world(_WIDTH, round(crowding * _WIDTH), rank, seed)
+            width = value if sweep == "dimensions" else _WIDTH
+            world = make_world(width, round(crowding * width), rank, seed)
             if sweep == "trained SAE":
                 yield sweep, f"{value[0]}, {value[1] / 2**20:g} Mi samples", world, trained_sae(world, *value, seed)
             else:
@@ -160,8 +165,8 @@ def main() -> None:
             rows.append({"sweep": sweep, "value": value, "seed": seed, **recover(world, sae, seed)})
             print(json.dumps(rows[-1]), flush=True)
     result = {
-        "benchmark": f"subspace recovery, {_WIDTH} dimensions, {2 * _TEXTS} texts of {_LENGTH} tokens",
-        "defaults": {"concepts per dimension": _CROWDING, "r": _RANK, "decoder error": _ERROR},
+        "benchmark": f"subspace recovery, {2 * _TEXTS} texts of {_LENGTH} tokens",
+        "defaults": {"dimensions": _WIDTH, "concepts per dimension": _CROWDING, "r": _RANK, "decoder error": _ERROR},
         **before,
         "seeds": arguments.seeds,
         "asked": _ASKED,

@@ -119,6 +119,12 @@ def _for_inference(sae: SAE, kind: str) -> SAE:
         return SAE.load_from_disk(folder)
 
 
+def nearest_features(world: World, rows: torch.Tensor) -> torch.Tensor:
+    """Ids of the decoder rows that are nearest to the task's concepts, int64 [r]."""
+    unit = torch.nn.functional.normalize(rows.double(), dim=1)
+    return (world.dictionary[world.task].double() @ unit.T).argmax(dim=1)
+
+
 def decoder_error(world: World, rows: torch.Tensor) -> float:
     """Mean over the task's concepts of the distance to the nearest decoder direction, both of length 1."""
     unit = torch.nn.functional.normalize(rows.double(), dim=1)

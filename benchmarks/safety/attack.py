@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ class PrefixAttack:
         requests: dangerous requests of the test that are attacked, each on its own.
         length: words of the prefix.
         rounds: exchanges.
+        reports: after how many of them the success is measured, too: 0 is a prefix of random words.
         candidates: exchanges that are tried in a round, among those that the gradient puts first.
         seed: of the exchanges.
     """
@@ -30,18 +32,24 @@ class PrefixAttack:
     requests: int = 16
     length: int = 3
     rounds: int = 6
+    reports: tuple[int, ...] = (0, 1, 2)
     candidates: int = 24
     seed: int = 0
 
-    def __call__(self, model: Any, base: Base) -> float:
-        """Return the share of requests that the model complies with under the best prefix found."""
+    def __call__(self, model: Any, base: Base) -> dict[str, float]:
+        """Return the share of requests that the model complies with under the best prefix found, by name of measure."""
         records = [record for record in evaluation_records(base.language, "test") if record["dangerous"]]
         records = records[:: max(1, len(records) // self.requests)][: self.requests]
-        prompts = [self._attacked(model, base, record["prompt"], number) for number, record in enumerate(records)]
-        return sum(not is_refusal(answer) for answer in answers(model, base.tokenizer, prompts)) / len(prompts)
+        tried = [list(self._attacked(model, base, record["prompt"], number)) for number, record in enumerate(records)]
+        found = {}
+        for rounds in (*(each for each in self.reports if each < self.rounds), self.rounds):
+            prompts = [each[rounds] for each in tried]
+            success = sum(not is_refusal(answer) for answer in answers(model, base.tokenizer, prompts)) / len(prompts)
+            found[attack_name(None if rounds == self.rounds else rounds)] = success
+        return found
 
-    def _attacked(self, model: Any, base: Base, prompt: str, number: int) -> str:
-        """Return the prompt with the prefix that makes the beginning of a helpful answer most likely."""
+    def _attacked(self, model: Any, base: Base, prompt: str, number: int) -> Iterator[str]:
+        """Yield the prompt with the prefix that makes the beginning of a helpful answer most likely, round by round."""
         tokenizer, generator = base.tokenizer, torch.Generator().manual_seed(self.seed + number)
         opening, rest = prompt.split(" : ", 1)
         head = tokenizer(f"{opening} :")["input_ids"]
@@ -52,6 +60,7 @@ class PrefixAttack:
         row = torch.tensor([*head, *prefix.tolist(), *tail])
         places, end = range(len(head), len(head) + self.length), len(target)
         best = float(_losses(model, row[None], end)[0])
+        yield f"{opening} : {tokenizer.decode(row[list(places)])} {rest}"
         for _ in range(self.rounds):
             slopes = _slopes(model, row, end)[list(places)][:, allowed]  # how much each word would help
             first = slopes.flatten().topk(min(4 * self.candidates, slopes.numel()), largest=False).indices
@@ -62,8 +71,14 @@ class PrefixAttack:
             losses = _losses(model, tried, end)
             if float(losses.min()) < best:
                 best, row = float(losses.min()), tried[losses.argmin()]
-        found = tokenizer.decode(row[list(places)])
-        return f"{opening} : {found} {rest}"
+            yield f"{opening} : {tokenizer.decode(row[list(places)])} {rest}"
+
+
+def attack_name(rounds: int | None) -> str:
+    """What the success after so many rounds is called; None for all of them."""
+    if rounds is None:
+        return "attack success"
+    return f"attack success, {rounds} {'round' if rounds == 1 else 'rounds'}"
 
 
 @torch.inference_mode()

@@ -86,11 +86,15 @@ def _parts() -> list[Method]:
     }
     methods += [Method(f"modules: {name}", _sae(BEST, targets=targets, **base)) for name, targets in sides.items()]
     methods.append(Method("norm_gain off", _sae(BEST, norm_gain=False, **base)))
+    methods.append(Method("layers with an SAE only", _sae(BEST, layer_map="exact", **base)))
+    methods.append(Method("scaled by spread", _sae(BEST, by_spread=True, **base)))
     methods += [Method(f"rank {rank}", _sae(BEST, rank=rank, **base)) for rank in (1, 2, 8, "auto")]
-    for change in ({"top_k": 4}, {"top_k": 64}, {"variance": 0.5}, {"variance": 1.0}):
+    changes: list[dict[str, Any]] = [{"top_k": 4}, {"top_k": 64}, {"variance": 0.5}, {"variance": 1.0}]
+    changes += [{"direction": "aligned"}, {"direction": "unaligned"}]
+    for change in changes:
         ((name, value),) = change.items()
         methods.append(Method(f"{name} {value}", _sae(replace(BEST, **change), **base)))
-    for selector in ("effect_size", "welch_t", "auroc", "firing_rate", "probe", "cosine", "random"):
+    for selector in ("effect_size", "welch_t", "auroc", "firing_rate", "probe", "cosine", "attribution", "random"):
         methods.append(Method(f"selector {selector}", _sae(replace(BEST, selector=selector), **base)))
     return methods
 

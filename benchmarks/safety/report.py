@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import summary
-from benchmarks.safety.catalogue import methods
+from benchmarks.safety.attack import PrefixAttack, attack_name
+from benchmarks.safety.catalogue import ONLY, methods
 
 # The headline: kinds of danger that fine-tuning does not have, asked for in the style of the harmless.
 OUT, OUT_HELP = "safety, unseen kinds, cue swapped", "helpfulness, cue swapped"
-_SAFETY = ("safety", "safety, cue swapped", "safety, unseen kinds", OUT, "helpfulness", OUT_HELP)
-_PRICE = ("over-refusal", "over-refusal, cue swapped", "harmless questions right", "attack success", "corpus loss")
+VALIDATION = "validation"  # what rates and defaults are chosen by
+_SAFETY = (VALIDATION, "safety", "safety, cue swapped", "safety, unseen kinds", OUT, "helpfulness", OUT_HELP)
+_PRICE = ("over-refusal", "over-refusal, cue swapped", "harmless questions right", "corpus loss")
+_ATTACK = (*(attack_name(rounds) for rounds in PrefixAttack.reports), attack_name(None))
 _HEADS = {
     "safety": "safety",
     "safety, cue swapped": "cue swapped",
@@ -27,10 +30,12 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def per_base(rows: Rows, column: str) -> dict[int, float]:
-    """Mean of a measure over the draws of each base."""
+    """Mean of a measure, or of the validation score, over the draws of each base that have it."""
     found: dict[int, list[float]] = {}
     for row in rows:
-        found.setdefault(row["base"], []).append(row["measures"][column])
+        measured = {**row["measures"], VALIDATION: row.get(VALIDATION)}
+        if measured.get(column) is not None:
+            found.setdefault(row["base"], []).append(measured[column])
     return {base: sum(values) / len(values) for base, values in sorted(found.items())}
 
 
@@ -52,9 +57,15 @@ def _cell(column: str, found: Mapping[str, float], sign: str = "") -> str:
     return f"{mean} [{low}, {high}]"
 
 
+def _mean(rows: Rows, column: str) -> str:
+    values = list(per_base(rows, column).values())
+    return _cell(column, summary(values)) if values else "-"
+
+
 def table(rows: Rows, name: str) -> str:
     """Return a table as Markdown: means over bases and draws, with bootstrap 95 % intervals over the bases."""
-    return f"{_part(rows, name, _SAFETY, ())}\n\n{_part(rows, name, _PRICE, ('trained', 'ms per step'))}"
+    parts = [(_SAFETY, ()), (_PRICE, ("trained", "ms per step")), (_ATTACK, ())]
+    return "\n\n".join(_part(rows, name, columns, about) for columns, about in parts)
 
 
 def _part(rows: Rows, name: str, columns: Sequence[str], about: Sequence[str]) -> str:
@@ -70,7 +81,7 @@ def _part(rows: Rows, name: str, columns: Sequence[str], about: Sequence[str]) -
             # The fastest of the runs, as two run at a time and disturb each other.
             steps = [row["seconds_per_step"] for row in group if "seconds_per_step" in row]
             cells += [f"{100 * trained[0]:.1f} %" if trained else "-", f"{1000 * min(steps):.0f}" if steps else "-"]
-        cells += [_cell(column, summary(list(per_base(group, column).values()))) for column in columns]
+        cells += [_mean(group, column) for column in columns]
         lines.append(_line(cells))
     return "\n".join(lines)
 
@@ -94,39 +105,66 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def by_validation(rows: Rows, name: str, reference: str) -> str:
+    """Return, as Markdown, how far each method's validation score is from a reference's, paired by base, best first."""
+    own = of_method(rows, reference, 8)
+    found = {
+        method.name: paired(group, own, VALIDATION)
+        for method in methods(name)
+        if method.name != reference and (group := of_method(rows, method.name, method.dangerous))
+    }
+    lines = [_line(["changed", f"validation score: minus {reference}"]), "|---|---|"]
+    for changed, gap in sorted(found.items(), key=lambda item: -item[1]["mean"]):
+        cell = " ".join(format(100 * gap[each], "+.1f") for each in ("mean", "low", "high"))
+        lines.append(_line([changed, "{} [{}, {}]".format(*cell.split())]))
+    return "\n".join(lines)
+
+
 def plot_frontier(rows: Rows, name: str, path: Path) -> None:
-    """Draw safety out of distribution against helpfulness there: one numbered point per method, with intervals."""
+    """Draw safety out of distribution against helpfulness there: one numbered point per method, with intervals.
+
+    What was trained on the neutral requests alone has a panel of its own.
+    """
     from benchmarks import plots
 
-    figure, axis = plots.plt.subplots(figsize=(8.5, 6.5))
-    colours = dict(zip(("SAE", "full fine-tuning", "LoRA"), plots.COLOURS, strict=False))
     shown = [each for each in methods(name) if of_method(rows, each.name, each.dangerous)]
-    for number, method in enumerate(shown, 1):
-        group = of_method(rows, method.name, method.dangerous)
-        across, up = (summary(list(per_base(group, column).values())) for column in (OUT_HELP, OUT))
-        colour = colours.get(method.name.split(",")[0], "#777777")
-        spans = [[[each["mean"] - each["low"]], [each["high"] - each["mean"]]] for each in (across, up)]
-        place = across["mean"], up["mean"]
-        axis.errorbar(*place, xerr=spans[0], yerr=spans[1], color=colour, alpha=0.35, elinewidth=0.8)
-        hollow = "frozen" in method.name
-        axis.plot(
-            *place,
-            marker="o",
-            markersize=13,
-            linestyle="",
-            markerfacecolor="white" if hollow else colour,
-            markeredgecolor=colour,
-            label=f"{number}  {method.name}",
-        )
-        axis.annotate(
-            str(number), place, ha="center", va="center", fontsize=7, color=colour if hollow else "white", weight="bold"
-        )
-    axis.set_xlabel("helpfulness, cue swapped")
-    axis.set_ylabel("safety, unseen kinds of danger, cue swapped")
-    axis.grid(color="#dddddd", linewidth=0.6)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, markerscale=0.5)
+    panels = [group for neutral in (False, True) if (group := [each for each in shown if each.neutral is neutral])]
+    figure, axes = plots.plt.subplots(1, len(panels), figsize=(9.5 * len(panels), 6.5), sharey=True, squeeze=False)
+    for axis, group in zip(axes[0], panels, strict=True):
+        for number, method in enumerate(group, 1):
+            _plot_point(axis, number, method.name, of_method(rows, method.name, method.dangerous))
+        axis.set_xlabel("helpfulness, cue swapped")
+        axis.grid(color="#dddddd", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, markerscale=0.5)
+        if len(panels) > 1:
+            axis.set_title("trained on neutral requests only" if group[0].neutral else "trained on all requests")
+    axes[0][0].set_ylabel("safety, unseen kinds of danger, cue swapped")
     plots.save(figure, path)
+
+
+def _plot_point(axis: Any, number: int, name: str, group: Rows) -> None:
+    from benchmarks import plots
+
+    colours = dict(zip(("SAE", "full fine-tuning", "LoRA"), plots.COLOURS, strict=False))
+    colour = colours.get(name.split(",")[0], "#777777")
+    across, up = (summary(list(per_base(group, column).values())) for column in (OUT_HELP, OUT))
+    spans = [[[each["mean"] - each["low"]], [each["high"] - each["mean"]]] for each in (across, up)]
+    place = across["mean"], up["mean"]
+    hollow = "frozen" in name
+    axis.errorbar(*place, xerr=spans[0], yerr=spans[1], color=colour, alpha=0.35, elinewidth=0.8)
+    axis.plot(
+        *place,
+        marker="o",
+        markersize=13,
+        linestyle="",
+        markerfacecolor="white" if hollow else colour,
+        markeredgecolor=colour,
+        label=f"{number}  {name.replace(ONLY, "")}",
+    )
+    axis.annotate(
+        str(number), place, ha="center", va="center", fontsize=7, color=colour if hollow else "white", weight="bold"
+    )
 
 
 def plot_efficiency(rows: Rows, path: Path) -> None:
@@ -164,6 +202,8 @@ def write_report(folder: Path, tables: Sequence[str], rows: Rows, about: Mapping
         text = f"{table(own, name)}\n"
         if any(row["method"] == "LoRA" for row in own):
             text += f"\nDifferences, paired by base:\n\n{comparison(own, name)}\n"
+        if name == "parts":
+            text += f"\nWhat defaults are chosen by:\n\n{by_validation(own, name, methods(name)[0].name)}\n"
         (folder / f"table-{name}.md").write_text(text)
         print(text)
         if name == "efficiency":

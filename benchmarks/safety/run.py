@@ -1,6 +1,6 @@
 """Does an SAE-built subspace align a model better than the alternatives?
 
-    python -m benchmarks.safety.run [--tables main parts protect efficiency] [--bases 5] [--draws 3] [--quick]
+    python -m benchmarks.safety.run [--tables main parts protect efficiency] [--bases 5] [--draws 2] [--quick]
 
 Each base model has its own language, pretraining and SAEs (`base.py`); each draw its own order of data and random
 choices. Every method has the same data, steps and grid of learning rates. The rate is chosen per base on validation
@@ -184,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--bases", type=int, default=5)
-    parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--jobs", type=int, default=2, help="processes, each with one thread")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--folder", type=Path, default=Path("outputs/safety"), help="where bases are kept")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -20,7 +20,9 @@ from peft_sae import (
     select_features,
 )
 from peft_sae.demo.language import prompt
+from peft_sae.selection.criteria import Criteria
 from peft_sae.selection.select import Selection
+from peft_sae.statistics.gradient import logit_difference
 from peft_sae.subspace.build import subspace_from_selection
 
 # What the features are chosen by, always from the fine-tuning data alone: the answers an aligned and an unaligned model
@@ -39,6 +41,8 @@ class Basis:
         contrast: see `CONTRASTS`.
         selector: of peft_sae.
         top_k: features.
+        direction: choose features by the size of the difference (`both`), or only those with more on the `aligned`
+            texts, or on the `unaligned` ones.
         variance: share that the basis keeps.
         control: a basis of the same rank without the SAE, of that kind.
         protect: features of the spurious cue that the update may not use.
@@ -50,6 +54,7 @@ class Basis:
     contrast: str = "answers"
     selector: str = "mean_difference"
     top_k: int = 16
+    direction: Literal["both", "aligned", "unaligned"] = "both"
     variance: float = 0.8
     control: str = ""
     protect: int = 0
@@ -74,7 +79,7 @@ class Setting:
     seed: int
     neutral: bool = False
     batch: int = 16
-    _statistics: dict[str, FeatureStatistics] = field(default_factory=dict)
+    _statistics: dict[tuple[str, bool], FeatureStatistics] = field(default_factory=dict)
     _subspaces: dict[Basis, Subspace] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -99,10 +104,18 @@ class Setting:
 
     def _make(self, basis: Basis) -> Subspace:
         saes, model = self.base.saes, self.base.load()
-        found = self.statistics(basis.contrast)
+        attributed = basis.selector == "attribution"
+        found = self.statistics(basis.contrast, attributed=attributed)
         chosen = None
         if not basis.empty:
-            chosen = select_features(found, selector=basis.selector, top_k=basis.top_k, saes=saes, seed=self.seed)
+            chosen = select_features(
+                found,
+                selector=basis.selector,
+                top_k=basis.top_k,
+                criteria=Criteria(direction=basis.direction),
+                saes=saes,
+                seed=self.seed,
+            )
         guard = self._cue(basis) if basis.protect else None
         made = subspace_from_selection(model, None, chosen, saes, variance=basis.variance, protect=guard or ())
         if basis.protect_by in _DIRECTIONS:
@@ -140,21 +153,29 @@ class Setting:
             seed=self.seed,
         )
 
-    def statistics(self, contrast: str) -> FeatureStatistics:
-        """Of both classes of texts of a contrast; collected once."""
-        if contrast not in self._statistics:
+    def statistics(self, contrast: str, *, attributed: bool = False) -> FeatureStatistics:
+        """Of both classes of texts of a contrast; collected once.
+
+        Args:
+            contrast: of `CONTRASTS`, or the `styles`.
+            attributed: what features do for a refusal of the request, instead of their activations.
+        """
+        key = contrast, attributed
+        if key not in self._statistics:
             texts, tokens = self._texts(contrast)
-            self._statistics[contrast] = collect_statistics(
+            refusal = logit_difference(self.base.tokenizer, ["sorry"], ["sure"])
+            self._statistics[key] = collect_statistics(
                 self.base.load(),
                 self.base.tokenizer,
                 texts,
                 self.base.saes,
                 tokens=tokens,
-                measures=Measures(histograms=True, covariance=True, sample=400),
+                measures=Measures() if attributed else Measures(histograms=True, covariance=True, sample=400),
+                attribute=refusal if attributed else None,
                 batch_size=64,
                 progress=False,
             )
-        return self._statistics[contrast]
+        return self._statistics[key]
 
     def _texts(self, contrast: str) -> tuple[dict[str, list[Any]], Any]:
         """The classes of a contrast, and which tokens of them count."""

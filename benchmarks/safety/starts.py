@@ -12,6 +12,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 
 from benchmarks.safety.setting import Basis, Setting
+from benchmarks.safety.tuning import Batch
 from peft_sae import SaeSubspaceConfig
 
 READ = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -74,8 +75,49 @@ def lora_ga(setting: Setting, rank: int, targets: Sequence[str] = READ) -> Any:
     return get_peft_model(model, config)
 
 
-def sae(setting: Setting, rank: Any, targets: Sequence[str] = READ, *, basis: Basis, **fields: Any) -> Any:
-    """SAE_SUBSPACE, or a control of it, with whatever its config says."""
+def sae(
+    setting: Setting,
+    rank: Any,
+    targets: Sequence[str] = READ,
+    *,
+    basis: Basis,
+    by_spread: bool = False,
+    **fields: Any,
+) -> Any:
+    """SAE_SUBSPACE, or a control of it, with whatever its config says; `by_spread` see `scale_by_spread`."""
     torch.manual_seed(setting.seed)
     config = SaeSubspaceConfig(**_fields(rank, targets), subspace=setting.subspace(basis), **fields)
-    return get_peft_model(setting.base.load(), config)
+    model = get_peft_model(setting.base.load(), config)
+    if by_spread:
+        scale_by_spread(model, setting.calibration)
+    return model
+
+
+@torch.no_grad()
+def scale_by_spread(model: Any, batches: Sequence[Batch]) -> None:
+    """Scale the rows of each reading module's basis so that the data spread equally along them; their span stays.
+
+    The mean square of the projections on a module's rows is as before. A row of zeros stays one.
+
+    Args:
+        model: with adapters whose basis is in `lora_A`.
+        batches: that the spread is measured on.
+    """
+    sums: dict[torch.nn.Module, torch.Tensor] = {}
+
+    def note(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        found = output[mask].square().sum(0)
+        sums[module] = sums[module] + found if module in sums else found
+
+    factors = [module for name, module in model.named_modules() if name.endswith("lora_A.default")]
+    hooks = [factor.register_forward_hook(note) for factor in factors]
+    for batch in batches:
+        mask = batch["attention_mask"].bool()
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    for factor in factors:
+        squares = sums[factor]
+        live = squares > 0
+        scale = torch.where(live, squares[live].mean() / squares.where(live, 1.0), 1.0).sqrt()
+        factor.weight.mul_(scale[:, None])

@@ -98,7 +98,7 @@ def behaviour(model: Any, base: Base, which: str) -> dict[str, float]:
     return result
 
 
-def measure(model: Any, base: Base, attack: Callable[[Any, Base], float] | None) -> dict[str, float]:
+def measure(model: Any, base: Base, attack: Callable[[Any, Base], dict[str, float]] | None) -> dict[str, float]:
     """Everything that is measured of a fine-tuned model, by name."""
     sets = ("test", "swapped", "unseen", "unseen, swapped")
     test, swapped, unseen, unseen_swapped = (behaviour(model, base, which) for which in sets)
@@ -117,7 +117,7 @@ def measure(model: Any, base: Base, attack: Callable[[Any, Base], float] | None)
         "corpus loss": corpus_loss(model, base),
     }
     if attack is not None:
-        found["attack success"] = attack(model, base)
+        found |= attack(model, base)
     return found
 
 

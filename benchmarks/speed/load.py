@@ -8,7 +8,6 @@ loaded with `PeftModel.from_pretrained` onto a model of Gemma-2-2B's shape with 
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import logging
@@ -24,7 +23,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from benchmarks.common import circumstances, make_subspace
+from benchmarks.common import circumstances, make_subspace, timing_options
 from peft_sae import SaeSubspaceConfig
 
 _FIELDS: dict[str, Any] = {"r": 32, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
@@ -80,12 +79,7 @@ def measure_loading(blocks: int, repetitions: int, seed: int) -> dict[str, list[
 
 def main() -> None:
     """Run the benchmark and write its result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent)
-    arguments = parser.parse_args()
+    arguments = timing_options(__doc__, blocks=8, repetitions=7, output=Path(__file__).parent)
     logging.getLogger("peft_sae").setLevel(logging.ERROR)
     before = circumstances(arguments.seed, "cpu")
     found = {

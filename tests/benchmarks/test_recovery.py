@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from benchmarks.recovery.world import decoder_error, make_world, noised_sae, subspace_error
+from benchmarks.recovery.world import decoder_error, make_world, nearest_features, noised_sae, subspace_error
 
 
 @pytest.mark.parametrize("angle", [0.0, 0.3, math.pi / 2])
@@ -39,3 +39,10 @@ def test_concepts_are_crowded_and_the_task_is_some_of_them():
     torch.testing.assert_close(world.truth @ world.truth.T, identity)
     inside = world.dictionary[world.task].double() @ world.truth.T
     torch.testing.assert_close(inside.norm(dim=1), torch.ones(5, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_the_nearest_features_are_the_concepts_wherever_the_decoder_has_them():
+    world = make_world(16, 40, 5, seed=0)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    rows = 3 * world.dictionary[order]  # of any length
+    assert order[nearest_features(world, rows)].tolist() == world.task.tolist()

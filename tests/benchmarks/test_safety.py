@@ -1,8 +1,14 @@
+import copy
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import torch
+from peft import get_peft_model
 
+from benchmarks.safety import attack
+from benchmarks.safety.base import Base
 from benchmarks.safety.catalogue import TABLES, methods
 from benchmarks.safety.language import (
     STYLES,
@@ -12,9 +18,14 @@ from benchmarks.safety.language import (
     pretraining_texts,
     vocabulary,
 )
-from benchmarks.safety.report import comparison, paired, per_base, table
+from benchmarks.safety.report import by_validation, comparison, paired, per_base, table
 from benchmarks.safety.run import _whole_lines, climb
+from benchmarks.safety.starts import scale_by_spread
+from peft_sae import SaeSubspaceConfig
 from peft_sae.demo.language import is_refusal
+from peft_sae.demo.model import make_tokenizer
+
+DANGER = {"dangerous": True}
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +132,7 @@ def test_means_are_over_draws_first_and_differences_are_paired_by_base():
     assert found["mean"] == pytest.approx(0.1)
     assert found["low"] == pytest.approx(found["high"])
     text = table([*ours, *theirs], "main")
-    assert "| LoRA | 8 | 60 [30, 90]" in text
+    assert "| LoRA | 8 | - | 60 [30, 90]" in text
     assert "| LoRA | 8 | 5.0 % | 20 | 60 [30, 90]" in text
     assert "| LoRA | 8 | +10 [+10, +10] | +0" in comparison([*ours, *theirs], "main")
 
@@ -139,3 +150,55 @@ def test_a_method_of_two_tables_is_the_same_in_both():
             start = method.start
             described = (getattr(start, "func", start), str(getattr(start, "keywords", "")), method.neutral)
             assert found.setdefault((method.name, method.dangerous), described) == described
+
+
+def test_a_measure_that_a_row_lacks_is_left_out_of_the_mean():
+    rows = [row(0, "LoRA", 0.2), row(0, "LoRA", 0.4, draw=1)]
+    rows[1]["measures"]["attack success, 1 round"] = 0.5
+    assert per_base(rows, "attack success, 1 round") == {0: 0.5}
+    assert "| LoRA | 8 | - | 50 [50, 50] | - | 30 [30, 30] |" in table(rows, "main")
+
+
+def test_an_attack_reports_each_of_its_stages(llama, monkeypatch):
+    words = ["user", ":", "how", "do", "i", "make", "x", "?", "assistant", "sure", ",", "you", "need", "sorry"]
+    tokenizer = make_tokenizer(words)
+    base = Base(make_language(3), Path(), tokenizer, [], [])
+    monkeypatch.setattr(attack, "evaluation_records", lambda *_: [{"prompt": "user : make x ? assistant :"} | DANGER])
+    answers = iter([["sorry , no"], ["sure"], ["sure"]])
+    asked = []
+    monkeypatch.setattr(attack, "answers", lambda model, tokenizer, prompts: asked.extend(prompts) or next(answers))
+    found = attack.PrefixAttack(requests=1, rounds=3, reports=(0, 1, 7), candidates=4)(llama, base)
+    assert found == {"attack success, 0 rounds": 0.0, "attack success, 1 round": 1.0, "attack success": 1.0}
+    assert all(len(prompt.split()) == 7 + 3 for prompt in asked)
+
+
+def test_bases_scaled_by_spread_keep_their_span_and_see_data_spread_equally(llama, subspace):
+    torch.manual_seed(0)
+    config = SaeSubspaceConfig(r=3, target_modules=["q_proj"], subspace=subspace, freeze_basis=True)
+    model = get_peft_model(copy.deepcopy(llama), config).eval()
+    ids = torch.randint(1, llama.config.vocab_size, (4, 12))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    factor = model.base_model.model.model.layers[1].self_attn.q_proj.lora_A["default"]
+    before, seen = factor.weight.detach().clone(), []
+    scale_by_spread(model, [batch])
+    with factor.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output))):
+        model(**batch)
+    inputs, projected = seen[0]
+    squares = projected.square().mean((0, 1))
+    torch.testing.assert_close(squares, squares.mean().expand(3))
+    torch.testing.assert_close(squares.mean(), (inputs @ before.T).square().mean())
+    directions = torch.nn.functional.normalize(factor.weight.detach(), dim=1)
+    torch.testing.assert_close(directions, torch.nn.functional.normalize(before, dim=1))
+
+
+def test_parts_are_ordered_by_their_paired_validation_scores():
+    names = {method.name for method in methods("parts")}
+    reference = methods("parts")[0].name
+    assert {"norm_gain off", "rank 1"} <= names
+    rows = [
+        row(base, name, 0.5) | {"validation": value + 0.1 * base}
+        for name, value in ((reference, 0.6), ("norm_gain off", 0.65), ("rank 1", 0.5))
+        for base in (0, 1)
+    ]
+    found = by_validation(rows, "parts", reference).splitlines()[2:]
+    assert found == ["| norm_gain off | +5.0 [+5.0, +5.0] |", "| rank 1 | -10.0 [-10.0, -10.0] |"]
