@@ -101,7 +101,7 @@ def trained_sae(world: World, kind: str, samples: int, seed: int) -> SAE:
     sae_cls, config_cls = get_sae_training_class(kind)
     settings: dict[str, float] = {"k": round(world.active)} if "topk" in kind else {}
     if kind == "standard":
-        settings = {"l1_coefficient": 0.05, "l1_warm_up_steps": 0}
+        settings = {"l1_coefficient": 1.0, "l1_warm_up_steps": 0}  # the best of six by the decoder error
     metadata = SAEMetadata(hook_name=HOOK, prepend_bos=False)
     sae = sae_cls(config_cls(d_in=width, d_sae=concepts, metadata=metadata, **settings))
     dictionary = FeatureDictionary(concepts, width, initializer=None)

@@ -160,7 +160,7 @@ def _plot_point(axis: Any, number: int, name: str, group: Rows) -> None:
         linestyle="",
         markerfacecolor="white" if hollow else colour,
         markeredgecolor=colour,
-        label=f"{number}  {name.replace(ONLY, "")}",
+        label=f"{number}  {name.replace(ONLY, '')}",
     )
     axis.annotate(
         str(number), place, ha="center", va="center", fontsize=7, color=colour if hollow else "white", weight="bold"

@@ -165,10 +165,7 @@ def measure(blocks: int, repetitions: int, seed: int) -> dict[str, Any]:
         "median_seconds": {name: round(value, 4) for name, value in medians.items()},
         "ratio_to_lora": {name: round(value / medians["lora"], 2) for name, value in medians.items()},
         "times_faster_than": {
-            name: {
-                other: round(medians[other] / medians[name], 2)
-                for other in ("olora", "pissa", "eva", "corda")
-            }
+            name: {other: round(medians[other] / medians[name], 2) for other in ("olora", "pissa", "eva", "corda")}
             for name in ways
             if name.startswith("sae_subspace")
         },

@@ -164,7 +164,7 @@ def test_an_attack_reports_each_of_its_stages(llama, monkeypatch):
     tokenizer = make_tokenizer(words)
     base = Base(make_language(3), Path(), tokenizer, [], [])
     monkeypatch.setattr(attack, "evaluation_records", lambda *_: [{"prompt": "user : make x ? assistant :"} | DANGER])
-    answers = iter([["sorry , no"], ["sure"], ["sure"]])
+    answers = iter([["sorry , i cannot help with that ."], ["sure"], ["sure"]])
     asked = []
     monkeypatch.setattr(attack, "answers", lambda model, tokenizer, prompts: asked.extend(prompts) or next(answers))
     found = attack.PrefixAttack(requests=1, rounds=3, reports=(0, 1, 7), candidates=4)(llama, base)
