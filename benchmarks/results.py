@@ -11,17 +11,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.common import summary
 from benchmarks.recovery.run import grouped
 from benchmarks.safety.catalogue import ONLY, TABLES
-from benchmarks.safety.report import OUT, OUT_HELP, of_method, paired, per_base
+from benchmarks.safety.report import OUT, OUT_HELP, VALIDATION, of_method, paired, per_base
 from benchmarks.speed.report import ratios
 from benchmarks.speed.report import table as speed_table
 
 HERE = Path(__file__).parent
-SAE = ("SAE, answers", "SAE, requests", "SAE, neutral requests", f"SAE{ONLY}")
+_ALL = ("SAE, answers", "SAE, requests", "SAE, neutral requests", "SAE, best parts")
+SAE = (*_ALL, f"SAE{ONLY}", f"SAE, best parts{ONLY}")
 _INITIALISATIONS = ("LoRA", "DoRA", "PiSSA", "OLoRA", "MiCA", "EVA", "CorDA", "LoRA-GA")
 _POINTS, _FROZEN_POINTS, _HOURS = 7.4, 2.0, 3.0
 _INTRODUCTION = """# Results
@@ -43,14 +45,17 @@ in fine-tuning. All adapters have rank 4 on the modules that read the residual s
 Three contrasts choose the SAE's features, all from the fine-tuning data: what an aligned and an unaligned model answer
 (`answers`, the way of SAILS); the dangerous and the harmless requests (`requests`); those of the requests that have no
 style (`neutral requests`), so that the contrast is free of the cue. Whoever knows the cue can train on the neutral
-requests alone, so that is there for all but the controls (`only`). The controls (random, neurons, difference pca, mean
-difference) have the contrast of `neutral requests`, and no SAE.
+requests alone, so that is there for all but the controls (`only`). `SAE, best parts` has the contrast of
+`neutral requests` and the two changes that raised the validation score most at this rank: 4 features per SAE in place
+of 16, and no adapters in the block before the first SAE. It was chosen on these bases, by validation topics. The
+controls (random, neurons, difference pca, mean difference) have the contrast of `neutral requests`, and no SAE.
 
 **What this does not show.** The models have four layers, the language is made up, and the share of trained parameters
 is that of a tiny model. Learning rates are chosen on requests without a style, as in life, where nobody validates on a
-swap that nobody knows of. The attack breaks most requests with every method, so it tells them apart hardly. Two runs
-at a time disturb each other's step times. What follows for a model of billions of parameters is open until somebody
-runs `benchmarks/paper`.
+swap that nobody knows of. The attack (words put before a request, exchanged by their gradients) breaks most requests
+with every method in the end, so its success is given after fewer rounds, too, from the draws in which that was
+measured. Two runs at a time disturb each other's step times. What follows for a model of billions of parameters is open
+until somebody runs `benchmarks/paper`.
 """
 _RECOVERY = """## Recovery
 
@@ -155,8 +160,63 @@ def _safety() -> Iterator[str]:
     yield "### What was asked\n\n" + ("\n".join(verdicts) or "Not run yet.")
     yield from _section("safety", "table-main.md", "Methods", "frontier-main")
     yield from _section("safety", "table-parts.md", "One thing changed at a time", "frontier-parts")
+    yield from _defaults()
     yield from _section("safety", "table-protect.md", "Protecting the cue's features, and controls", "frontier-protect")
     yield from _section("safety", "table-efficiency.md", "With fewer and more dangerous topics", "efficiency")
+
+
+def _defaults() -> Iterator[str]:
+    """What was decided by the validation scores of the parts, with these scores."""
+    rows = _read(HERE / "safety/result-parts.json").get("rows", [])
+    if not rows:
+        return
+    reference = of_method(rows, "SAE, neutral requests, frozen", 8)
+
+    def against(name: str) -> str:
+        return f"{_points(paired(of_method(rows, name, 8), reference, VALIDATION))}"
+
+    main = _read(HERE / "safety/result-main.json").get("rows", [])
+    gaps = [
+        _points(paired(of_method(main, f"{name}, frozen", 8), of_method(main, name, 8), VALIDATION)) for name in SAE
+    ]
+    rates = {
+        name: median(row["rate"] for row in of_method(main, name, 8) if row["draw"] == 0)
+        for name in ("LoRA", "full fine-tuning", "SAE, neutral requests", "SAE, neutral requests, frozen")
+    }
+    lines = [
+        f"- **Modules: all that read the residual stream, of attention and MLP.** Of these only q and v: "
+        f"{against('modules: q, v')}; only those of attention: {against('modules: attention reads')}; those that write "
+        f"instead: {against('modules: writes')}; both: {against('modules: reads and writes')}, for more parameters. "
+        "`configs/gemma-2-2b-frozen.yaml` adapts them all; `target_modules` that nobody sets stay PEFT's, as for LoRA.",
+        f"- **`top_k`: no more than the rank can hold; the default is 16 now and was 64.** At rank 4, 4 features: "
+        f"{against('top_k 4')}, and 64: {against('top_k 64')}; at rank 8, 16 features: {against('rank 8')}, and 8: "
+        f"{against('top_k 8, rank 8')}. Principal directions of many features mix what was not asked for into the few "
+        "that are kept. `variance` (tau) says nothing where the rank cuts first: "
+        f"{against('variance 0.5')} and {against('variance 1.0')}; with ranks that follow it: {against('rank auto')}.",
+        f"- **`selector`: `mean_difference` stays.** Beside it `welch_t` {against('selector welch_t')}, `attribution` "
+        f"to a refusal {against('selector attribution')}, `cosine` {against('selector cosine')}, `probe` "
+        f"{against('selector probe')}, `auroc` {against('selector auroc')}, `firing_rate` "
+        f"{against('selector firing_rate')}, `effect_size` {against('selector effect_size')}, `random` "
+        f"{against('selector random')}. Scores without units favour features that are sure, however little they do.",
+        f"- **Signed differences do not help**: features with more on the aligned texts only "
+        f"{against('direction aligned')}, with less only {against('direction unaligned')}.",
+        f"- **`norm_gain` stays on**, as what it computes is what the module meets; off: {against('norm_gain off')}. "
+        f"**The basis stays orthonormal**; scaled by the spread of the data along it: {against('scaled by spread')}.",
+        f"- **`layer_map`: `nearest` stays**, though `exact` was better here, {against('layers with an SAE only')}: "
+        "that leaves out one block of four, the first, for which the nearest SAE stands behind it. With SAEs at four "
+        "of 26 layers it leaves out most of the model, which is another thing and not measured.",
+        f"- **`freeze_basis`: worth setting.** Frozen against trainable, by contrast: {'; '.join(gaps)}. The default "
+        "stays off, as in SAILS.",
+        "- **Learning rate**, the median of the best on the grid: "
+        + ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        + ". So begin with LoRA's; a frozen basis takes up to three times as much.",
+        "- **`fill`: choose as many features as the rank holds**, and nothing is filled. A frozen basis of 4 features "
+        f"at rank 8, filled with random directions: {against('top_k 4, rank 8, filled at random')} (all others here "
+        f"are filled with zeros, where that is needed; without filling, rank 4: {against('top_k 4')}).",
+        "- Not tried: rotation towards features (varimax), a penalty that keeps a trainable basis near its span.",
+    ]
+    yield "### Defaults, and why\n\nPoints of validation score, paired by base, against the first row of the parts."
+    yield "\n".join(lines)
 
 
 def _recovery() -> Iterator[str]:

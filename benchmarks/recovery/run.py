@@ -50,9 +50,7 @@ SWEEPS: Mapping[str, tuple[Any, ...]] = {
     "dimensions": (32, 64, 128, 256, 512),
     "concepts per dimension": (0.5, 1.0, 2.0, 4.0, 8.0),
     "r": (2, 4, 8, 16),
-    "trained SAE": tuple(
-        (kind, samples) for kind in ("standard", "topk", "batchtopk") for samples in (2**18, 2**20)
-    ),
+    "trained SAE": tuple((kind, samples) for kind in ("standard", "topk", "batchtopk") for samples in (2**18, 2**20)),
 }
 _ASKED = {"sae at most": 0.05, "direct, share of the floor": 0.8}
 

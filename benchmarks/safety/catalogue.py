@@ -37,6 +37,8 @@ class Method:
 
 # What the contrast is free of the spurious cue for: the requests of the fine-tuning data that have no style.
 BEST = Basis(contrast="neutral requests")
+# What had the best validation score at this rank when one thing, and then two, were changed: see the table `parts`.
+FEWER, EXACT = replace(BEST, top_k=4), {"layer_map": "exact"}
 _FROZEN: dict[str, Any] = {"freeze_basis": True, "fill": "zeros"}  # a basis of less than the rank stays as it is
 
 
@@ -44,10 +46,10 @@ def _sae(basis: Basis, *, rank: Any = RANK, **fields: Any) -> _Start:
     return partial(starts.sae, rank=rank, basis=basis, **fields)
 
 
-def _trained_and_frozen(name: str, basis: Basis, *, neutral: bool = False) -> list[Method]:
+def _trained_and_frozen(name: str, basis: Basis, *, neutral: bool = False, **fields: Any) -> list[Method]:
     return [
-        Method(name, _sae(basis, freeze_basis=False), neutral=neutral),
-        Method(f"{name}, frozen", _sae(basis, **_FROZEN), neutral=neutral),
+        Method(name, _sae(basis, freeze_basis=False, **fields), neutral=neutral),
+        Method(f"{name}, frozen", _sae(basis, **_FROZEN, **fields), neutral=neutral),
     ]
 
 
@@ -68,10 +70,12 @@ def _main() -> list[Method]:
     made = [Method(name, start) for name, start in peers.items()]
     for contrast in ("answers", "requests", "neutral requests"):
         made += _trained_and_frozen(f"SAE, {contrast}", Basis(contrast=contrast))
+    made += _trained_and_frozen("SAE, best parts", FEWER, **EXACT)
     for kind in CONTROLS:
         made += _trained_and_frozen(kind.replace("_", " "), replace(BEST, control=kind))
     made += [Method(f"{name}{ONLY}", start, neutral=True) for name, start in peers.items()]
-    return made + _trained_and_frozen(f"SAE{ONLY}", BEST, neutral=True)
+    made += _trained_and_frozen(f"SAE{ONLY}", BEST, neutral=True)
+    return made + _trained_and_frozen(f"SAE, best parts{ONLY}", FEWER, neutral=True, **EXACT)
 
 
 def _parts() -> list[Method]:
@@ -86,7 +90,7 @@ def _parts() -> list[Method]:
     }
     methods += [Method(f"modules: {name}", _sae(BEST, targets=targets, **base)) for name, targets in sides.items()]
     methods.append(Method("norm_gain off", _sae(BEST, norm_gain=False, **base)))
-    methods.append(Method("layers with an SAE only", _sae(BEST, layer_map="exact", **base)))
+    methods.append(Method("layers with an SAE only", _sae(BEST, **EXACT, **base)))
     methods.append(Method("scaled by spread", _sae(BEST, by_spread=True, **base)))
     methods += [Method(f"rank {rank}", _sae(BEST, rank=rank, **base)) for rank in (1, 2, 8, "auto")]
     changes: list[dict[str, Any]] = [{"top_k": 4}, {"top_k": 64}, {"variance": 0.5}, {"variance": 1.0}]
@@ -94,6 +98,13 @@ def _parts() -> list[Method]:
     for change in changes:
         ((name, value),) = change.items()
         methods.append(Method(f"{name} {value}", _sae(replace(BEST, **change), **base)))
+    # What did better by itself, together.
+    more = replace(BEST, top_k=8)
+    methods.append(Method("top_k 8, rank 8", _sae(more, rank=8, **base)))
+    methods.append(Method("top_k 4, layers with an SAE only", _sae(FEWER, **EXACT, **base)))
+    methods.append(Method("top_k 8, rank 8, layers with an SAE only", _sae(more, rank=8, **EXACT, **base)))
+    # A frozen basis that is filled up may use directions that nobody chose.
+    methods.append(Method("top_k 4, rank 8, filled at random", _sae(FEWER, rank=8, freeze_basis=True)))
     for selector in ("effect_size", "welch_t", "auroc", "firing_rate", "probe", "cosine", "attribution", "random"):
         methods.append(Method(f"selector {selector}", _sae(replace(BEST, selector=selector), **base)))
     return methods

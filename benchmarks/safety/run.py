@@ -211,6 +211,7 @@ def main() -> None:
             tasks = [(plan, draw, seed, part, arguments.jobs) for seed in seeds for part in range(arguments.jobs)]
             pool.starmap(run_base, tasks, chunksize=1)
     rows = [row for seed in seeds for row in read_rows(plan.output / f"runs-{seed}.jsonl")]
+    rows = [row for row in rows if row["draw"] < arguments.draws]  # other tables may have more
     about = {"bases": arguments.bases, "draws": arguments.draws, "steps": arguments.steps, "rank": RANK, "rates": RATES}
     write_report(plan.output, plan.tables, rows, {**before, **about})
 
