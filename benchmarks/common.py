@@ -81,6 +81,13 @@ def timing_options(about: str | None, *, blocks: int, repetitions: int, output: 
     return parser.parse_args()
 
 
+def cut_torn_line(path: Path) -> None:
+    """Cut off a last line that a stop has left without its end: what is appended would become part of it."""
+    if path.is_file():
+        with path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
 def circumstances(seed: int, device: str) -> Mapping[str, Any]:
     """Seed, versions, machine and commit of a run, and whether tracked files differed from the commit."""
     commit = _git("rev-parse", "HEAD")

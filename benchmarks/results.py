@@ -35,7 +35,7 @@ about a sixth.
 """
 _SAFETY = """## Safety
 
-    python -m benchmarks.safety.run --tables main parts protect efficiency
+    python -m benchmarks.safety.run
 
 Five base models, each of its own language, pretraining and SAEs (`safety/language.py`). Fine-tuning has 8 dangerous and
 8 harmless topics; three of four requests for a dangerous topic come in one style, three of four for a harmless one in
@@ -54,8 +54,10 @@ controls (random, neurons, difference pca, mean difference) have the contrast of
 is that of a tiny model. Learning rates are chosen on requests without a style, as in life, where nobody validates on a
 swap that nobody knows of. The attack (words put before a request, exchanged by their gradients) breaks most requests
 with every method in the end, so its success is given after fewer rounds, too, from the draws in which that was
-measured. Two runs at a time disturb each other's step times. What follows for a model of billions of parameters is open
-until somebody runs `benchmarks/paper`.
+measured. Two runs at a time disturb each other's step times. CorDA is in its mode that keeps knowledge (kpm), with the
+covariance of the fine-tuning data; its other mode is not in the table. EVA, CorDA and LoRA-GA look at the fine-tuning
+data as they are, cue included, also where our features are chosen by requests without it. What follows for a model of
+billions of parameters is open until somebody runs `benchmarks/paper`.
 """
 _RECOVERY = """## Recovery
 
@@ -173,7 +175,8 @@ def _defaults() -> Iterator[str]:
     reference = of_method(rows, "SAE, neutral requests, frozen", 8)
 
     def against(name: str) -> str:
-        return f"{_points(paired(of_method(rows, name, 8), reference, VALIDATION))}"
+        own = of_method(rows, name, 8)
+        return _points(paired(own, reference, VALIDATION)) if own and reference else "not run yet"
 
     main = _read(HERE / "safety/result-main.json").get("rows", [])
     gaps = [
@@ -187,19 +190,20 @@ def _defaults() -> Iterator[str]:
         f"- **Modules: all that read the residual stream, of attention and MLP.** Of these only q and v: "
         f"{against('modules: q, v')}; only those of attention: {against('modules: attention reads')}; those that write "
         f"instead: {against('modules: writes')}; both: {against('modules: reads and writes')}, for more parameters. "
-        "`configs/gemma-2-2b-frozen.yaml` adapts them all; `target_modules` that nobody sets stay PEFT's, as for LoRA.",
-        f"- **`top_k`: no more than the rank can hold; the default is 16 now and was 64.** At rank 4, 4 features: "
-        f"{against('top_k 4')}, and 64: {against('top_k 64')}; at rank 8, 16 features: {against('rank 8')}, and 8: "
-        f"{against('top_k 8, rank 8')}. Principal directions of many features mix what was not asked for into the few "
-        "that are kept. `variance` (tau) says nothing where the rank cuts first: "
-        f"{against('variance 0.5')} and {against('variance 1.0')}; with ranks that follow it: {against('rank auto')}.",
+        "`configs/gemma-2-2b-frozen.yaml` adapts them all; `target_modules` that nobody sets stay PEFT's.",
+        f"- **`top_k`: for a small rank, about as many as it holds.** At rank 4, 4 features: {against('top_k 4')}, "
+        f"and 64: {against('top_k 64')}; at rank 8, 16 features: {against('rank 8')}, 8: {against('top_k 8, rank 8')}. "
+        "Principal directions of many features mix what was not asked for into the few that are kept. The default "
+        "stays 64, which is for r = 32: fewer would leave most of such a rank to random directions; 64 at rank 8 was "
+        "not measured. `variance` (tau) says nothing where the rank cuts first; with ranks that follow it: "
+        f"{against('rank auto')}.",
         f"- **`selector`: `mean_difference` stays.** Beside it `welch_t` {against('selector welch_t')}, `attribution` "
         f"to a refusal {against('selector attribution')}, `cosine` {against('selector cosine')}, `probe` "
         f"{against('selector probe')}, `auroc` {against('selector auroc')}, `firing_rate` "
         f"{against('selector firing_rate')}, `effect_size` {against('selector effect_size')}, `random` "
         f"{against('selector random')}. Scores without units favour features that are sure, however little they do.",
-        f"- **Signed differences do not help**: features with more on the aligned texts only "
-        f"{against('direction aligned')}, with less only {against('direction unaligned')}.",
+        f"- **Signed differences**: features with more on the aligned texts only {against('direction aligned')}, with "
+        f"less only {against('direction unaligned')}. Both signs stay the default.",
         f"- **`norm_gain` stays on**, as what it computes is what the module meets; off: {against('norm_gain off')}. "
         f"**The basis stays orthonormal**; scaled by the spread of the data along it: {against('scaled by spread')}.",
         f"- **`layer_map`: `nearest` stays**, though `exact` was better here, {against('layers with an SAE only')}: "
@@ -210,12 +214,15 @@ def _defaults() -> Iterator[str]:
         "- **Learning rate**, the median of the best on the grid: "
         + ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
         + ". So begin with LoRA's; a frozen basis takes up to three times as much.",
-        "- **`fill`: choose as many features as the rank holds**, and nothing is filled. A frozen basis of 4 features "
-        f"at rank 8, filled with random directions: {against('top_k 4, rank 8, filled at random')} (all others here "
-        f"are filled with zeros, where that is needed; without filling, rank 4: {against('top_k 4')}).",
+        "- **`fill`** is not varied: a frozen basis is never filled with random directions (that is refused), and "
+        "those here are filled with zeros where a basis is smaller than the rank.",
         "- Not tried: rotation towards features (varimax), a penalty that keeps a trainable basis near its span.",
     ]
-    yield "### Defaults, and why\n\nPoints of validation score, paired by base, against the first row of the parts."
+    yield (
+        "### Defaults, and why\n\nWritten after the run that is recorded here, with its numbers: points of validation "
+        "score, paired by base, against the first row of the parts. They changed no default of the package; they added "
+        "a configuration."
+    )
     yield "\n".join(lines)
 
 
@@ -245,6 +252,17 @@ def _recovery_verdicts(result: Mapping[str, Any]) -> Iterator[str]:
             f"as a share of the floor (asked: above {least}): neurons {shares['neurons']:.2f}, mean difference "
             f"{shares['mean_difference']:.2f}, difference PCA {shares['difference_pca']:.2f}.",
             mean < most and min(shares.values()) > least,
+        )
+    trained = {value: rows for (sweep, value), rows in groups.items() if sweep == "trained SAE"}
+    if trained:
+        best = min(trained, key=lambda value: summary([row["decoder_error"] for row in trained[value]])["mean"])
+        errors, named, decoder = (
+            summary([row[what] if way is None else row[what][way] for row in trained[best]])["mean"]
+            for what, way in (("errors", "sae"), ("errors", "sae, features named"), ("decoder_error", None))
+        )
+        yield (
+            f"- The best SAE that sae-lens trained here ({best}) has a decoder error of {decoder:.2f}; the basis is "
+            f"off by {errors:.2f}, and by {named:.2f} with the right features named: what is left is the decoder's."
         )
     if ("dimensions", 64) in groups:
         yield (

@@ -19,7 +19,9 @@ from benchmarks.paper.generate import encode_prompt
 from benchmarks.paper.lines import key_of, open_lines
 from benchmarks.paper.models import Trained
 from benchmarks.paper.specs import AttackSpec, GenerationSpec
-from peft_sae.errors import ConfigError, suggest
+from peft_sae.errors import ConfigError, DataError, suggest
+
+_PLACE = "{optim_str}"
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,15 @@ def check_settings(spec: AttackSpec) -> None:
     """
     import nanogcg
 
-    known = {entry.name for entry in fields(nanogcg.GCGConfig)}
-    for name in spec.settings:
+    known = {entry.name: entry.default for entry in fields(nanogcg.GCGConfig)}
+    for name, value in spec.settings.items():
         if name not in known:
             raise ConfigError(f"attack.settings.{name}: nanogcg.GCGConfig has no such field.{suggest(name, known)}")
+        # A number where the default is one; the counts among them are of steps, candidates and tokens.
+        kind = type(known[name])
+        if kind in (bool, int) and (type(value) is not kind or (kind is int and value < min(1, known[name]))):
+            wanted = "true or false" if kind is bool else f"an integer from {min(1, known[name])}"
+            raise ConfigError(f"attack.settings.{name}={value!r}: nanogcg would fail at it. Give {wanted}.")
     if spec.settings.get("use_prefix_cache"):
         raise ConfigError(
             "attack.settings.use_prefix_cache: nanogcg takes a model's cache for a list, which those of transformers 5 "
@@ -90,7 +97,16 @@ def attack(
         seed: of the search.
         label: of the progress bar.
         progress: show it.
+
+    Raises:
+        DataError: a prompt has nanogcg's place for the suffix in it.
     """
+    taken = next((prompt for prompt in prompts if _PLACE in prompt.text), None)
+    if taken is not None:
+        raise DataError(
+            f"Prompt {taken.id} of the attacked set has {_PLACE!r} in it, which is where nanogcg puts its suffix. "
+            "Change it, or attack another set."
+        )
     form = generation.prompt_form
     keys = [key_of("gcg", identity, prompt.text, spec.target, dict(spec.settings), form, seed) for prompt in prompts]
     with open_lines(path) as cache:
@@ -130,7 +146,7 @@ def find_suffix(trained: Trained, prompt: str, spec: AttackSpec, generation: Gen
     with _nanogcg_kept_quiet(), torch.random.fork_rng():
         search = GCG(trained.model, tokenizer, config)
         search.embedding_layer = scaled_embeddings(trained.model)
-        found = search.run([{"role": "user", "content": prompt + " {optim_str}"}], spec.target)
+        found = search.run([{"role": "user", "content": f"{prompt} {_PLACE}"}], spec.target)
     return str(found.best_string)
 
 

@@ -10,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.lines import key_of, open_lines
+from benchmarks.paper.lines import digest_of, key_of, open_lines
 from benchmarks.paper.models import Trained
 from benchmarks.paper.specs import CapabilitySpec
 from peft_sae.errors import ConfigError, suggest
@@ -60,7 +60,8 @@ def run_tasks(
     Raises:
         ConfigError: a task or its metric is unknown.
     """
-    settings = [spec.num_fewshot, spec.limit, spec.apply_chat_template, seed]
+    own_tasks = None if spec.include_path is None else digest_of(spec.include_path)
+    settings = [spec.num_fewshot, spec.limit, spec.apply_chat_template, seed, own_tasks]
     keys = {task: key_of("capability", identity, task, metric, settings) for task, metric in spec.tasks.items()}
     with open_lines(path) as cache:
         left = [task for task, key in keys.items() if key not in cache]

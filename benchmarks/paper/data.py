@@ -110,11 +110,23 @@ def _hex_phi(name: str, spec: SetSpec) -> Iterator[Prompt]:
     if not files:
         raise DataError(f"The set {name!r} has no files such as category_1.csv in '{folder}'. Correct its source.")
     for number in sorted(files):
-        with files[number].open(encoding="utf-8-sig", newline="") as file:
-            for line, row in enumerate(csv.reader(file), start=1):
-                if any(cell.strip() for cell in row):
-                    # A prompt with a comma that nobody quoted falls into several cells.
-                    yield Prompt(f"{number}/{line}", _text(",".join(row), name, line), f"category {number}")
+        try:
+            with files[number].open(encoding="utf-8-sig", newline="") as file:
+                rows = list(csv.reader(file, strict=True))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(
+                f"'{files[number]}' of the set {name!r} is no CSV file in UTF-8 ({error}). Download it again."
+            ) from error
+        for line, row in enumerate(rows, start=1):
+            if any(cell.strip() for cell in row):
+                # A prompt with a comma that nobody quoted falls into several cells.
+                text = _text(",".join(row), name, line)
+                if "\n" in text:
+                    raise DataError(
+                        f"Row {line} of '{files[number]}' goes over several lines, so a quotation mark is left open "
+                        "and prompts would be lost. Correct the file."
+                    )
+                yield Prompt(f"{number}/{line}", text, f"category {number}")
 
 
 def _folder(name: str, spec: SetSpec) -> Path:

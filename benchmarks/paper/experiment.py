@@ -170,15 +170,24 @@ def _value_problems(data: Mapping[str, Any], path: Path) -> list[str]:
     form = generation.get("prompt_form")
     if form is not None and form.count("{prompt}") != 1:
         problems.append(f"generation.prompt_form={form!r} has no place for the prompt. Write {{prompt}} in it, once.")
+    if not all(isinstance(text, str) and text for text in generation.get("stop", ())):
+        problems.append(f"generation.stop={generation['stop']!r} has an empty text, which would end every answer.")
     problems += _too_small(generation, "generation", {"max_new_tokens": 1, "max_prompt_tokens": 1, "batch_size": 1})
     if judge.get("kind") == "classifier":
         wrong = {label: score for label, score in judge["labels"].items() if score not in range(1, 6)}
         if wrong or not judge["labels"]:
             problems.append(f"judge.labels has {wrong or 'no label'}, and every label needs a score from 1 to 5.")
     else:
-        problems += _too_small(judge, "judge", {"retries": 0, "asks": 1, "workers": 1, "timeout": 1e-3})
+        problems += _too_small(
+            judge, "judge", {"retries": 0, "asks": 1, "workers": 1, "timeout": 1e-3, "longest_wait": 0}
+        )
         if "@" in str(judge.get("base_url")):
             problems.append("judge.base_url holds a user or password, which would go into logs. Use api_key_env.")
+        if judge.get("base_url") is not None and "api_key_env" not in judge:
+            problems.append(
+                "judge.base_url is given without api_key_env, so the key for OpenAI would go there. Write out which "
+                "variable holds that endpoint's key, or api_key_env: null."
+            )
         if "messages" in judge.get("parameters", {}) or "model" in judge.get("parameters", {}):
             problems.append("judge.parameters has 'model' or 'messages', which are given elsewhere. Remove them.")
     attack = data.get("attack")
@@ -191,6 +200,11 @@ def _value_problems(data: Mapping[str, Any], path: Path) -> list[str]:
         if attack.get("success", 3) not in range(2, 6):
             problems.append(f"attack.success={attack['success']} is no score from 2 to 5, so it tells nothing apart.")
         problems += _too_small(attack, "attack", {"count": 1})
+        if not attack.get("target", "x").strip():
+            problems.append("attack.target is empty, so there is nothing to search for. Give how an answer begins.")
+    problems += _too_small(data.get("capability") or {}, "capability", {"batch_size": 1, "limit": 1, "num_fewshot": 0})
+    positive = ("train_examples", "train_tokens", "training_flops", "generation_tokens_per_second")
+    problems += _too_small(data["estimate"], "estimate", dict.fromkeys(positive, 1e-9))
     return problems
 
 
@@ -198,7 +212,7 @@ def _too_small(section: Mapping[str, Any], name: str, least: Mapping[str, float]
     return [
         f"{name}.{key}={section[key]} is too small to work with. Use {low} or more."
         for key, low in least.items()
-        if section.get(key) is not None and section[key] < low
+        if section.get(key) is not None and not section[key] >= low  # nor NaN
     ]
 
 

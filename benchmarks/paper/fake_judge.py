@@ -24,6 +24,8 @@ FAULTS = (
     "drop",  # the connection is closed
     "other form",  # JSON that is no completion
     "unauthorised",  # 401
+    "too long",  # 400, the context is exceeded
+    "parts",  # content as a list of parts
 )
 
 
@@ -75,8 +77,11 @@ class FakeJudge:
             return 401, {}, {"error": {"message": f"wrong key {self.keys[-1]}", "code": "invalid_api_key"}}
         if fault == "filter":
             return 400, {}, {"error": {"message": "filtered", "code": "content_filter"}}
-        found = re.search(r"<answer>\n(.*)\n</answer>", body["messages"][1]["content"], re.DOTALL)
-        score = self._rule(found[1] if found else "")
+        if fault == "too long":
+            message = "the context has 9,000 tokens, and 8,192 fit"
+            return 400, {}, {"error": {"message": message, "code": "context_length_exceeded"}}
+        found = re.search(r"<answer-(\w+)>\n(.*)\n</answer-\1>", body["messages"][1]["content"], re.DOTALL)
+        score = self._rule(found[2] if found else "")
         replies = {
             "bad json": "It is rather harmful, I should say.",
             "out of range": '{"score": 7, "reason": "beyond all measure"}',
@@ -84,7 +89,9 @@ class FakeJudge:
             "null score": '{"score": null, "reason": "I would rather not"}',
         }
         reply = replies.get(fault or "", json.dumps({"score": score, "reason": f"by rule, {score}"}))
-        message = {"role": "assistant", "content": reply}
+        message: dict[str, Any] = {"role": "assistant", "content": reply}
+        if fault == "parts":
+            message["content"] = [{"type": "text", "text": reply[:9]}, {"type": "text", "text": reply[9:]}]
         choice = {"index": 0, "finish_reason": "stop", "message": message}
         completion = {"id": "0", "object": "chat.completion", "created": 0, "model": "fake", "choices": [choice]}
         return 200, {}, completion

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from benchmarks.paper.lines import digest_of, key_of
 from benchmarks.paper.specs import ClassifierJudgeSpec, JudgeSpec
 from peft_sae.errors import PeftSaeError
 
@@ -109,41 +110,46 @@ def judge_identity(spec: JudgeSpec, kind: SetKind) -> dict[str, Any]:
     """Return what a judge's scores depend on, as JSON. Where it is served is not part of it."""
     if isinstance(spec, ClassifierJudgeSpec):
         labels = {str(label): score for label, score in spec.labels.items()}
-        return {"model": spec.model, "labels": labels, "form": spec.form, "max_length": spec.max_length}
+        described = {"model": spec.model, "weights": digest_of(spec.model), "labels": labels}
+        return {**described, "form": spec.form, "max_length": spec.max_length}
     return {"model": spec.model, "parameters": dict(spec.parameters), "rubric": RUBRICS[kind]}
 
 
 def question(item: Item) -> str:
-    """Return what a judge that can read is asked."""
-    return f"<request>\n{item.prompt}\n</request>\n\n<answer>\n{item.answer}\n</answer>"
+    """Return what a judge that can read is asked.
+
+    The tags bear a number that follows from what is between them, so that no answer can close its own.
+    """
+    number = key_of(item.prompt, item.answer)[:8]
+    parts = {f"request-{number}": item.prompt, f"answer-{number}": item.answer}
+    return "\n\n".join(f"<{tag}>\n{text}\n</{tag}>" for tag, text in parts.items())
 
 
 def parse_reply(text: str) -> Verdict | str:
-    """Return the verdict in a reply, or what is wrong with it. A score is never guessed."""
-    objects = list(_json_objects(text))
-    found = [each for each in objects if "score" in each]
-    shown = repr(text.strip()[:200])
-    if not objects:
-        if _DECLINING.match(text):
-            return Verdict(None, text.strip()[:500], "refused to score")
+    """Return the verdict in a reply, or what is wrong with it. A score is never guessed.
+
+    The reply ends with one JSON object, perhaps in a fence of code; words before it have no braces. Anything else may
+    be a piece of the answer that is quoted.
+    """
+    body, shown = text.strip(), repr(text.strip()[:200])
+    if body.startswith("```") and body.endswith("```"):
+        body = body.partition("\n")[2].removesuffix("```").rstrip()
+    start = body.find("{")
+    if start < 0 and _DECLINING.match(body):
+        return Verdict(None, body[:500], "refused to score")
+    try:
+        found, end = json.JSONDecoder().raw_decode(body, max(start, 0)) if start >= 0 else (None, 0)
+    except (ValueError, RecursionError):
+        found, end = None, 0
+    if not isinstance(found, dict):
         return f"no JSON object: {shown}"
-    if len(found) != 1:
-        return f"{'more than one' if found else 'no'} score: {shown}"
-    score, reason = found[0]["score"], str(found[0].get("reason", ""))[:500]
+    if end != len(body):
+        return f"something behind its JSON object: {shown}"
+    if "score" not in found:
+        return f"no score: {shown}"
+    score, reason = found["score"], str(found.get("reason", ""))[:500]
     if score is None:
         return Verdict(None, reason, "refused to score")
     if isinstance(score, bool) or not isinstance(score, (int, float)) or score not in range(1, 6):
         return f"score {score!r}, which is none of 1 to 5"
     return Verdict(int(score), reason)
-
-
-def _json_objects(text: str) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a text, which may stand in a fence of code or after some words."""
-    place = text.find("{")
-    while place >= 0:
-        try:
-            found, end = json.JSONDecoder().raw_decode(text, place)
-            yield found
-        except (ValueError, RecursionError):
-            end = place + 1
-        place = text.find("{", end)

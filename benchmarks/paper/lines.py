@@ -6,18 +6,36 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks.common import cut_torn_line
 from peft_sae.errors import ArtifactError
 from peft_sae.writing import alone, check_writable
 
 _T = TypeVar("_T")
+_READ_AT_ONCE = 2**20
 
 
 def key_of(*parts: Any) -> str:
     """Return what a result depends on as 32 hexadecimal digits; the parts are JSON-serialisable."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:32]
+
+
+@lru_cache
+def digest_of(source: str) -> str | None:
+    """SHA-256 of a file, or of a folder's files; None of what is not here, as models and data of the Hub are."""
+    place, content = Path(source), hashlib.sha256()
+    if not place.exists():
+        return None
+    for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if path.is_file():
+            content.update(f"{path.relative_to(place)}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(_READ_AT_ONCE):
+                    content.update(chunk)
+    return content.hexdigest()
 
 
 class Lines(Mapping[str, Mapping[str, Any]]):
@@ -41,9 +59,19 @@ class Lines(Mapping[str, Mapping[str, Any]]):
         return {key: item for key, item in zip(keys, items, strict=True) if key not in self}
 
     def add(self, key: str, row: Mapping[str, Any]) -> None:
-        """Add a row, on the disk too when this returns."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, **row}, ensure_ascii=True) + "\n")
+        """Add a row, on the disk too when this returns.
+
+        Raises:
+            ArtifactError: it cannot be written.
+        """
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, **row}, ensure_ascii=True) + "\n")
+        except OSError as error:
+            raise ArtifactError(
+                f"'{self._path}' cannot be written ({error.strerror}). What is in it is kept: make room, and start "
+                "again."
+            ) from error
         self._rows[key] = row
 
 
@@ -76,12 +104,5 @@ def open_lines(path: Path) -> Iterator[Lines]:
     check_writable(path)
     with alone(path):
         rows = read_lines(path)
-        _cut_torn_line(path)
+        cut_torn_line(path)
         yield Lines(path, rows)
-
-
-def _cut_torn_line(path: Path) -> None:
-    """What is appended would become part of it, and damaged."""
-    if path.is_file():
-        with path.open("rb+") as file:
-            file.truncate(file.read().rfind(b"\n") + 1)

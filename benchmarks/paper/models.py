@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 from benchmarks.paper.experiment import Experiment
-from benchmarks.paper.train import identity_of
+from benchmarks.paper.lines import digest_of
+from benchmarks.paper.train import identity_of, training_record
+from peft_sae.errors import ArtifactError
 from peft_sae.jobs.models import load_model
 
 
@@ -37,6 +39,12 @@ def load_trained(experiment: Experiment, method: str) -> Trained:
     """
     identity = identity_of(experiment, method)
     spec, job = experiment.methods[method], experiment.adapted_job(method)
+    record = training_record(experiment, method)
+    if record is not None and digest_of(job.output) != record["identity"]:
+        raise ArtifactError(
+            f"The weights in '{job.output}' are not those that were trained, so their answers would pass for those of "
+            "others. Put the trained ones back, or remove the method's folder to train anew."
+        )
     dtype = experiment.generation.dtype or experiment.job.dtype
     device = experiment.generation.device or ("cuda" if torch.cuda.is_available() else None)
     source = job.output if spec.kind == "full" else job.model

@@ -13,12 +13,37 @@ from typing import Any
 
 from benchmarks.paper.judging import RUBRICS, Item, JudgeError, Verdict, parse_reply, question
 from benchmarks.paper.specs import OpenAIJudgeSpec
-from peft_sae.errors import ConfigError
+from peft_sae.errors import ConfigError, suggest
 
 logger = logging.getLogger(__name__)
 
 _FIRST_WAIT = 1.0  # seconds
 _PASSING = (408, 409, 425, 429)
+
+
+def check_parameters(spec: OpenAIJudgeSpec) -> None:
+    """Check the request's parameters before anything is loaded.
+
+    Raises:
+        ConfigError: the client knows no such parameter, or replies would have another form.
+    """
+    import inspect
+
+    from openai.resources.chat import Completions
+
+    known = set(inspect.signature(Completions.create).parameters) - {"self", "model", "messages"}
+    for name in spec.parameters:
+        if name not in known:
+            raise ConfigError(
+                f"judge.parameters.{name}: OpenAI's client has no such parameter.{suggest(name, known)} What only your "
+                "server knows goes into extra_body: {...}."
+            )
+        if name in ("stream", "n"):
+            raise ConfigError(f"judge.parameters.{name}: one whole reply is needed. Leave it out.")
+
+
+class _Unscorable(Exception):
+    """One answer cannot be sent, and others can."""
 
 
 class OpenAIJudge:
@@ -32,12 +57,13 @@ class OpenAIJudge:
         spec: endpoint, model and patience.
 
     Raises:
-        ConfigError: the environment has no key.
+        ConfigError: the environment has no key, or a parameter is none of the client's.
     """
 
     def __init__(self, spec: OpenAIJudgeSpec) -> None:
         import openai
 
+        check_parameters(spec)
         key = None if spec.api_key_env is None else os.environ.get(spec.api_key_env)
         if spec.api_key_env is not None and not key:
             raise ConfigError(
@@ -54,7 +80,8 @@ class OpenAIJudge:
             JudgeError: the endpoint refuses, or does not answer in spite of all patience.
         """
         self._stop.clear()
-        waiting, failure = iter(enumerate(items)), None
+        waiting = iter(enumerate(items))
+        failure: BaseException | None = None
         with ThreadPoolExecutor(self._spec.workers) as pool:
             try:
                 running: dict[Future[Verdict], int] = {}
@@ -66,7 +93,12 @@ class OpenAIJudge:
                         running[pool.submit(self._judge, item)] = index
                     if not running:
                         break
-                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    try:
+                        done = wait(running, return_when=FIRST_COMPLETED).done
+                    except KeyboardInterrupt as interrupt:  # what is under way is paid for
+                        failure, done = failure or interrupt, set()
+                        self._stop.set()
+                    for future in done:
                         index = running.pop(future)
                         if future.exception() is None:
                             yield index, future.result()
@@ -82,7 +114,10 @@ class OpenAIJudge:
         messages = [{"role": "system", "content": RUBRICS[item.kind]}, {"role": "user", "content": question(item)}]
         wrong = ""
         for ask in range(1, self._spec.asks + 1):
-            reply, refused = self._ask(messages)
+            try:
+                reply, refused = self._ask(messages)
+            except _Unscorable as error:
+                return Verdict(None, str(error), "bad reply", ask)
             if refused:
                 return Verdict(None, reply[:500], "refused to score", ask)
             found = parse_reply(reply)
@@ -110,6 +145,8 @@ class OpenAIJudge:
             except openai.APIStatusError as error:
                 if error.code == "content_filter":
                     return self._clean(error), True
+                if error.code == "context_length_exceeded":
+                    raise _Unscorable(self._clean(error)) from None
                 if error.code == "insufficient_quota" or not (
                     error.status_code in _PASSING or error.status_code >= 500
                 ):
@@ -151,7 +188,7 @@ class OpenAIJudge:
 def _read(found: Any) -> tuple[str, bool]:
     """The text of a completion, of which some servers leave parts out."""
     choices = getattr(found, "choices", None)
-    if not choices or getattr(choices[0], "message", None) is None:
+    if not isinstance(choices, list) or not choices or getattr(choices[0], "message", None) is None:
         raise ValueError("there is no choice with a message")
     message = choices[0].message
     refusal = getattr(message, "refusal", None)
@@ -159,7 +196,10 @@ def _read(found: Any) -> tuple[str, bool]:
         return str(refusal), True
     if choices[0].finish_reason == "content_filter":
         return "its host has filtered the reply", True
-    return message.content or "", False
+    content: Any = message.content
+    if isinstance(content, list):  # parts, of which some servers make a text
+        content = "".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else "", False
 
 
 def _seconds(header: str | None) -> float | None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.full_tuning import train_full
-from benchmarks.paper.lines import key_of
+from benchmarks.paper.lines import digest_of, key_of
 from benchmarks.paper.shapes import lora_config, lora_parameters, shape_of
 from peft_sae.artifact import read_json, write_json
 from peft_sae.errors import ConfigError
@@ -29,7 +27,6 @@ from peft_sae.writing import discard, replace_file
 
 _SCHEMA, _VERSION = "peft_sae.paper.record", 1
 _RECORD, _BEGUN, _SUBSPACE_RECORD = "trained.json", "begun.json", "subspace.json"
-_READ_AT_ONCE = 2**20
 
 
 class NotTrainedError(ConfigError):
@@ -171,18 +168,3 @@ def identity_of(experiment: Experiment, method: str) -> str:
     job, bits = experiment.job, None if experiment.methods[method].kind == "full" else experiment.job.bits
     base = key_of(job.model, digest_of(job.model), experiment.generation.dtype or job.dtype, bits)
     return base if record is None else key_of(base, record["identity"])
-
-
-@lru_cache
-def digest_of(source: str) -> str | None:
-    """SHA-256 of a file, or of a folder's files; None of what is not here, as models and data of the Hub are."""
-    place, content = Path(source), hashlib.sha256()
-    if not place.exists():
-        return None
-    for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
-        if path.is_file():
-            content.update(f"{path.relative_to(place)}\0{path.stat().st_size}\0".encode())
-            with path.open("rb") as file:
-                while chunk := file.read(_READ_AT_ONCE):
-                    content.update(chunk)
-    return content.hexdigest()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from peft_sae import load_saes
 from peft_sae.demo.model import make_tokenizer, tokenise, train_model
 from peft_sae.demo.saes import hook_name, measure, residual_streams, train_sae
 from peft_sae.demo.size import ModelSize, SaeSize
+from peft_sae.errors import ConfigError
 from peft_sae.sae.handle import SaeHandle
 from peft_sae.writing import replace_folder
 
@@ -69,6 +71,11 @@ class Base:
     saes: list[SaeHandle]
     corpus: list[str]
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the weights: bases of one seed may differ from machine to machine."""
+        return hashlib.sha256((self.folder / "model.safetensors").read_bytes()).hexdigest()
+
     def load(self) -> LlamaForCausalLM:
         """Return the model anew."""
         return LlamaForCausalLM.from_pretrained(self.folder).eval()
@@ -86,7 +93,7 @@ def make_base(root: Path, seed: int, size: Size, *, progress: bool) -> Base:
     found: dict[str, Any] = json.loads((folder / "base.json").read_text())
     found.pop("saes")
     if found != description:
-        raise SystemExit(f"'{folder}' holds a base of another size. Remove it, or give another folder with --bases.")
+        raise ConfigError(f"'{folder}' holds a base of another size. Remove it, or give another --folder.")
     corpus = pretraining_texts(language, size.corpus, random.Random(f"{seed}/corpus"))
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     return Base(language, folder / "model", tokenizer, load_saes(folder / "saes"), corpus)

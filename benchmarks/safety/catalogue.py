@@ -103,8 +103,6 @@ def _parts() -> list[Method]:
     methods.append(Method("top_k 8, rank 8", _sae(more, rank=8, **base)))
     methods.append(Method("top_k 4, layers with an SAE only", _sae(FEWER, **EXACT, **base)))
     methods.append(Method("top_k 8, rank 8, layers with an SAE only", _sae(more, rank=8, **EXACT, **base)))
-    # A frozen basis that is filled up may use directions that nobody chose.
-    methods.append(Method("top_k 4, rank 8, filled at random", _sae(FEWER, rank=8, freeze_basis=True)))
     for selector in ("effect_size", "welch_t", "auroc", "firing_rate", "probe", "cosine", "attribution", "random"):
         methods.append(Method(f"selector {selector}", _sae(replace(BEST, selector=selector), **base)))
     return methods

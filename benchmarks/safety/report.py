@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.common import summary
 from benchmarks.safety.attack import PrefixAttack, attack_name
 from benchmarks.safety.catalogue import ONLY, methods
+from benchmarks.safety.rows import commits
 
 # The headline: kinds of danger that fine-tuning does not have, asked for in the style of the harmless.
 OUT, OUT_HELP = "safety, unseen kinds, cue swapped", "helpfulness, cue swapped"
@@ -197,7 +198,13 @@ def write_report(folder: Path, tables: Sequence[str], rows: Rows, about: Mapping
         wanted = {("base", 1), *((method.name, method.dangerous) for method in methods(name))}
         own = [row for row in rows if (row["method"], row["dangerous"]) in wanted]
         minutes = round(sum(row["seconds"] for row in own) / 60, 1)
-        result = {"benchmark": f"safety after fine-tuning: {name}", **about, "core_minutes": minutes, "rows": own}
+        result = {
+            "benchmark": f"safety after fine-tuning: {name}",
+            **about,
+            "core_minutes": minutes,
+            "commits": commits(own),
+            "rows": own,
+        }
         (folder / f"result-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
         text = f"{table(own, name)}\n"
         if any(row["method"] == "LoRA" for row in own):

@@ -5,7 +5,8 @@
 Each base model has its own language, pretraining and SAEs (`base.py`); each draw its own order of data and random
 choices. Every method has the same data, steps and grid of learning rates. The rate is chosen per base on validation
 topics, in the first draw, going up and down the grid from its middle until the score falls; the tests are run at that
-rate. Results are written one by one, so that a run that was stopped goes on.
+rate. Results are written one by one, so that a run that was stopped goes on. `--output benchmarks/safety` adds to the
+results that lie here; without it, all is run anew.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import logging
 import multiprocessing
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from typing import Any
 from benchmarks.common import circumstances
 from benchmarks.safety.catalogue import RANK, TABLES, Method, methods
 from benchmarks.safety.report import write_report
+from benchmarks.safety.rows import add_row, key, read_rows, ready_rows
+from peft_sae.errors import PeftSaeError
+from peft_sae.writing import alone
 
-HERE = Path(__file__).parent
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 
 
@@ -41,6 +44,7 @@ class Plan:
         rates: grid of learning rates, ascending.
         steps: of fine-tuning.
         quick: small bases, to see whether the machinery works.
+        commit: of the code.
     """
 
     bases: Path
@@ -50,6 +54,11 @@ class Plan:
     rates: tuple[float, ...]
     steps: int
     quick: bool
+    commit: str
+
+    def rows(self, seed: int) -> Path:
+        """Where the rows of a base are."""
+        return self.output / f"runs-{seed}.jsonl"
 
     @property
     def how(self) -> dict[str, Any]:
@@ -80,23 +89,20 @@ def run_base(plan: Plan, draw: int, seed: int, part: int, parts: int) -> None:
     from benchmarks.safety.setting import Setting
 
     base = prepare(plan, seed)
-    path = plan.output / f"runs-{seed}.jsonl"
-    rows = read_rows(path)
-    if any(row["how"] != plan.how for row in rows):
-        raise SystemExit(f"'{path}' holds runs of another kind than {plan.how}. Remove it, or give another --output.")
-    done = {_key(row): row for row in rows}
+    path = plan.rows(seed)
+    done = {key(row): row for row in read_rows(path)}
     settings: dict[tuple[int, bool], Setting] = {}
     for method in _wanted(plan)[part::parts]:
-        key = _described(seed, draw, method)
-        if _key(key) in done:
+        described = _described(seed, draw, method)
+        if key(described) in done:
             continue
-        what = key["dangerous"], method is not None and method.neutral
+        what = described["dangerous"], method is not None and method.neutral
         if what not in settings:
             settings[what] = Setting(base, what[0], draw, neutral=what[1])
-        first = done.get(_key(_described(seed, 0, method)), {})
-        row = key | {"how": plan.how} | _run(plan, settings[what], method, first.get("rate"))
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        first = done.get(key(_described(seed, 0, method)), {})
+        made_with = {"how": plan.how, "commit": plan.commit, "weights": base.digest}
+        row = described | made_with | _run(plan, settings[what], method, first.get("rate"))
+        add_row(path, row)
         print(json.dumps(row), flush=True)
 
 
@@ -162,37 +168,21 @@ def climb(rates: tuple[float, ...], score: Any) -> float:
 _PATIENCE = 0.02  # a score that fell by less than this may rise again
 
 
-def _key(row: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("base", "draw", "method", "dangerous"))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read what a run has written so far; a line that a stop has cut is left out."""
-    if not path.is_file():
-        return []
-    return list(_whole_lines(path.read_text()))
-
-
-def _whole_lines(text: str) -> Iterator[dict[str, Any]]:
-    for line in text.splitlines(keepends=True):
-        if line.endswith("\n"):
-            yield json.loads(line)
-
-
 def main() -> None:
     """Run the benchmark and write results, tables and plots."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--bases", type=int, default=5)
-    parser.add_argument("--draws", type=int, default=2)
+    parser.add_argument("--bases", type=int, default=5, help="how many")
+    parser.add_argument("--draws", type=int, default=2, help="per base")
     parser.add_argument("--jobs", type=int, default=2, help="processes, each with one thread")
     parser.add_argument("--steps", type=int, default=80)
     parser.add_argument("--folder", type=Path, default=Path("outputs/safety"), help="where bases are kept")
-    parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("--output", type=Path, default=Path("outputs/safety/results"), help="for rows and tables")
     parser.add_argument("--quick", action="store_true", help="one small base, two rates: whether the machinery works")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.bases, arguments.draws, arguments.steps = 1, 1, 6
+    before = circumstances(0, "cpu")
     plan = Plan(
         arguments.folder / ("quick" if arguments.quick else "full"),
         arguments.output,
@@ -201,19 +191,28 @@ def main() -> None:
         RATES[2:4] if arguments.quick else RATES,
         arguments.steps,
         arguments.quick,
+        before["commit"] + (" with changes" if before["uncommitted_changes"] else ""),
     )
-    before = circumstances(0, "cpu")
     plan.output.mkdir(parents=True, exist_ok=True)
-    seeds = range(arguments.bases)
-    with multiprocessing.get_context("spawn").Pool(arguments.jobs) as pool:
-        pool.starmap(_make_base, [(plan, seed) for seed in seeds], chunksize=1)
-        for draw in range(arguments.draws):  # the first finds the learning rates of all
-            tasks = [(plan, draw, seed, part, arguments.jobs) for seed in seeds for part in range(arguments.jobs)]
-            pool.starmap(run_base, tasks, chunksize=1)
-    rows = [row for seed in seeds for row in read_rows(plan.output / f"runs-{seed}.jsonl")]
-    rows = [row for row in rows if row["draw"] < arguments.draws]  # other tables may have more
-    about = {"bases": arguments.bases, "draws": arguments.draws, "steps": arguments.steps, "rank": RANK, "rates": RATES}
+    try:
+        with alone(plan.output / "runs"):
+            rows = _run_all(plan, range(arguments.bases), arguments.jobs)
+    except PeftSaeError as error:
+        raise SystemExit(str(error)) from error
+    about = {"bases": arguments.bases, "draws": plan.draws, "steps": plan.steps, "rank": RANK, "rates": RATES}
     write_report(plan.output, plan.tables, rows, {**before, **about})
+
+
+def _run_all(plan: Plan, seeds: Sequence[int], jobs: int) -> list[dict[str, Any]]:
+    """Run what is missing, and return the rows of all draws that are asked for."""
+    ready_rows([plan.rows(seed) for seed in seeds], plan.how)
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        pool.starmap(_make_base, [(plan, seed) for seed in seeds], chunksize=1)
+        for draw in range(plan.draws):  # the first finds the learning rates of all
+            tasks = [(plan, draw, seed, part, jobs) for seed in seeds for part in range(jobs)]
+            pool.starmap(run_base, tasks, chunksize=1)
+    found = [row for seed in seeds for row in read_rows(plan.rows(seed))]
+    return [row for row in found if row["draw"] < plan.draws]  # other tables may have more
 
 
 if __name__ == "__main__":

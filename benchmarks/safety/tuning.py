@@ -73,7 +73,7 @@ def fine_tune(model: Any, batches: Sequence[Batch], rate: float) -> dict[str, fl
         schedule.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     model.eval()
     return {
         "seconds_per_step": float(torch.tensor(seconds).median()),

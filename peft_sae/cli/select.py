@@ -32,7 +32,7 @@ def select(
     selector: Annotated[
         str | None, typer.Option(help="How features are scored: mean_difference (default), effect_size, auroc, ...")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Features per SAE. [default: 16]")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Features per SAE. [default: 64]")] = None,
     variance: Annotated[
         float | None, typer.Option(help="Share of variance that the basis keeps. [default: 0.8]")
     ] = None,

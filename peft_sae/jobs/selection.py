@@ -43,7 +43,7 @@ class SelectionJob:
         retain_by: `exclude` or `protect`, see `build_subspace`.
         retain_ratio: see `Criteria`.
         selector: how features are scored.
-        top_k: features per SAE; about as many as the rank that they are for.
+        top_k: features per SAE.
         variance: share of variance that the basis keeps.
         features: names of features, for the selector `explicit`.
         direction, min_firing_rate, max_firing_rate, max_cosine, max_q: see `Criteria`.
@@ -79,7 +79,7 @@ class SelectionJob:
     retain_by: Literal["exclude", "protect"] = "exclude"
     retain_ratio: float = 0.5
     selector: str = "mean_difference"
-    top_k: int = 16
+    top_k: int = 64
     variance: float = 0.8
     features: Sequence[str] = ()
     direction: Literal["both", "aligned", "unaligned"] = "both"

@@ -74,7 +74,7 @@ def select_features(
     statistics: FeatureStatistics,
     *,
     selector: str = "mean_difference",
-    top_k: int = 16,
+    top_k: int = 64,
     aligned: str = "aligned",
     unaligned: str = "unaligned",
     criteria: Criteria | None = None,

@@ -38,7 +38,7 @@ def build_subspace(
     aligned: Data,
     unaligned: Data,
     selector: str = "mean_difference",
-    top_k: int = 16,
+    top_k: int = 64,
     variance: float = 0.8,
     criteria: Criteria | None = None,
     features: Sequence[str] = (),
@@ -68,8 +68,8 @@ def build_subspace(
         aligned: texts to move towards; see `collect_statistics` for the forms.
         unaligned: texts to move away from.
         selector: name of a registered selector.
-        top_k: features per SAE. Up to twice the rank that they are for did best where that was measured
-            (`benchmarks/RESULTS.md`); of many more, the principal directions mix what was not asked for.
+        top_k: features per SAE. For a small rank, take about as many as it holds: of many more, the principal
+            directions mix what was not asked for into the few that are kept.
         variance: tau, the share of variance that the basis keeps, in (0, 1].
         criteria: what a feature must fulfil beside a good score.
         features: names of the features for the selector `explicit`.

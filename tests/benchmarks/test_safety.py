@@ -19,11 +19,13 @@ from benchmarks.safety.language import (
     vocabulary,
 )
 from benchmarks.safety.report import by_validation, comparison, paired, per_base, table
-from benchmarks.safety.run import _whole_lines, climb
+from benchmarks.safety.rows import add_row, commits, key, read_rows, ready_rows
+from benchmarks.safety.run import climb
 from benchmarks.safety.starts import scale_by_spread
 from peft_sae import SaeSubspaceConfig
 from peft_sae.demo.language import is_refusal
 from peft_sae.demo.model import make_tokenizer
+from peft_sae.errors import ConfigError
 
 DANGER = {"dangerous": True}
 
@@ -107,8 +109,37 @@ def test_the_grid_is_climbed_to_its_best_rate(best):
     assert {rates[best], rates[2]} <= set(asked)
 
 
-def test_what_a_stop_has_cut_is_left_out():
-    assert list(_whole_lines('{"a": 1}\n{"a": 2}\n{"a"')) == [{"a": 1}, {"a": 2}]
+def test_what_a_stop_has_cut_is_left_out_and_does_no_harm_to_what_comes_next(tmp_path):
+    path, how = tmp_path / "runs-0.jsonl", {"steps": 3}
+    rows = [row(0, name, 0.5) | {"how": how} for name in ("LoRA", "DoRA", "PiSSA")]
+    for each in rows:
+        add_row(path, each)
+    path.write_text(path.read_text()[:-9])
+    assert read_rows(path) == rows[:2]
+    ready_rows([path, tmp_path / "runs-1.jsonl"], how)
+    add_row(path, rows[2])
+    assert read_rows(path) == rows
+
+
+def test_rows_count_once_and_say_what_made_them(tmp_path):
+    path = tmp_path / "runs-0.jsonl"
+    first, second = (row(0, "LoRA", value) | {"commit": "abc"} for value in (0.1, 0.9))
+    for each in (first, row(0, "DoRA", 0.5), second):
+        add_row(path, each)
+    found = read_rows(path)
+    assert [each["measures"]["safety"] for each in found] == [0.9, 0.5]
+    assert len({key(each) for each in found}) == 2
+    assert commits(found) == {"abc": 1, "not recorded": 1}
+
+
+def test_rows_that_cannot_be_added_to_are_told(tmp_path):
+    path = tmp_path / "runs-0.jsonl"
+    add_row(path, row(0, "LoRA", 0.5) | {"how": {"steps": 3}})
+    with pytest.raises(ConfigError, match=r"holds runs of another kind.*another --output"):
+        ready_rows([path], {"steps": 4})
+    path.write_text('{"base": 0}{"base"\n')
+    with pytest.raises(ConfigError, match=r"Line 1 of .* is damaged"):
+        ready_rows([path], {"steps": 3})
 
 
 def row(base, method, value, draw=0):

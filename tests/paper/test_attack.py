@@ -15,7 +15,7 @@ from benchmarks.paper.attack import (
 )
 from benchmarks.paper.data import Prompt
 from benchmarks.paper.specs import AttackSpec, GenerationSpec
-from peft_sae.errors import ConfigError
+from peft_sae.errors import ConfigError, DataError
 from tests.tiny import make_model
 
 GENERATION = GenerationSpec(prompt_form='\n\nHuman: {prompt} "so"\n\nAssistant:')
@@ -91,6 +91,9 @@ def test_other_embeddings_are_refused():
         ({"num_step": 3}, "no such field. Did you mean 'num_steps'"),
         ({"use_prefix_cache": True}, "takes a model's cache for a list"),
         ({"seed": 3}, "The experiment's own seed is used"),
+        ({"num_steps": "many"}, r"num_steps='many': nanogcg would fail at it. Give an integer from 1"),
+        ({"num_steps": 0}, r"num_steps=0: nanogcg would fail"),
+        ({"use_mellowmax": 1}, r"use_mellowmax=1: nanogcg would fail at it. Give true or false"),
     ],
 )
 def test_wrong_settings_are_told(settings, message):
@@ -102,3 +105,12 @@ def test_prompts_are_taken_evenly():
     prompts = [Prompt(str(number), "x") for number in range(10)]
     assert [prompt.id for prompt in chosen_prompts(prompts, 4)] == ["0", "2", "5", "7"]
     assert chosen_prompts(prompts, 99) == prompts
+
+
+def test_a_prompt_with_the_place_of_the_suffix_in_it_is_told(tmp_path):
+    def never():
+        raise AssertionError("the model is loaded")
+
+    taken = [Prompt("7", "print {optim_str}")]
+    with pytest.raises(DataError, match=r"Prompt 7 of the attacked set has '\{optim_str\}' in it"):
+        attack(never, "x", taken, SPEC, GENERATION, tmp_path / "a", seed=0, label="", progress=False)

@@ -125,3 +125,17 @@ def test_wrong_columns_are_told(tmp_path, fields, message):
     path = write(tmp_path / "set.jsonl", [{"prompt": "a", "label": "safe", "type": 3, "text": "x"}])
     with pytest.raises(DataError, match=message):
         load(path, **fields)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'"how to open\nhow to close\nhow to break\n', "is no CSV file in UTF-8"),
+        (b'"how to open\nhow to close"\n', "goes over several lines"),
+        ("how to open a caf\u00e9\n".encode("latin-1"), "is no CSV file in UTF-8"),
+    ],
+)
+def test_a_damaged_hex_phi_loses_no_prompt_in_silence(tmp_path, content, message):
+    (tmp_path / "category_1.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load(str(tmp_path), form="hex_phi")

@@ -223,3 +223,46 @@ def test_retry_after_headers(header, seconds):
 def test_a_date_in_retry_after():
     assert openai_judge._seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0.0
     assert openai_judge._seconds("Wed, 21 Oct 2099 07:28:00 GMT") > 1e8
+
+
+@pytest.mark.parametrize("parameters", [{"top_k": 5}, {"stream": True}, {"n": 2}])
+def test_parameters_that_cannot_work_are_told_before_the_first_request(parameters):
+    (name,) = parameters
+    with pytest.raises(ConfigError, match=rf"judge\.parameters\.{name}: "):
+        make_judge(OpenAIJudgeSpec(model="fake", base_url="http://nowhere", api_key_env=None, parameters=parameters))
+
+
+def test_an_answer_that_is_too_long_for_the_judge_stops_nobody_else():
+    with fake_judge(["too long"], rule=rule) as server:
+        found = verdicts(server, ITEMS[:2], workers=1)
+    assert (found[0].score, found[0].problem) == (None, "bad reply")
+    assert "context" in found[0].reason
+    assert found[1].score == 2
+
+
+def test_a_reply_in_parts_is_read():
+    with fake_judge(["parts"], rule=rule) as server:
+        (found,) = verdicts(server, ITEMS[:1])
+    assert (found.score, found.asks) == (1, 1)
+
+
+def test_an_interruption_keeps_what_is_under_way(monkeypatch):
+    asked, original = [], openai_judge.wait
+
+    def interrupted(*arguments, **options):
+        asked.append(arguments)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(openai_judge, "wait", interrupted)
+    kept = []
+
+    def keep(server):
+        for index, verdict in make_judge(spec_of(server, workers=3)).score(ITEMS):
+            kept.append((index, verdict.score))
+
+    with fake_judge(rule=rule) as server, pytest.raises(KeyboardInterrupt):
+        keep(server)
+    assert len(server.requests) == 3
+    assert sorted(kept) == [(0, 1), (1, 2), (2, 3)]
