@@ -276,7 +276,10 @@ def _recovery_verdicts(result: Mapping[str, Any]) -> Iterator[str]:
 def _speed() -> Iterator[str]:
     yield (
         "## Speed\n\n    python -m benchmarks.speed.report --run\n\n"
-        "Ratios of medians, ours over the peer's, measured in turn in the same run: less is better."
+        "Ratios of medians, ours over the peer's, measured in turn in the same run: less is better. At `start`, "
+        "SAE_SUBSPACE and `frozen` inject a basis that was made before, as every run after the first does; `selection "
+        "included` makes it as well. EVA and CorDA can keep what they computed, too, and then they are as quick; EVA "
+        "was timed once, on activations that were made to let it converge."
     )
     yield speed_table(ratios())
 

@@ -130,7 +130,8 @@ def plot_frontier(rows: Rows, name: str, path: Path) -> None:
 
     shown = [each for each in methods(name) if of_method(rows, each.name, each.dangerous)]
     panels = [group for neutral in (False, True) if (group := [each for each in shown if each.neutral is neutral])]
-    figure, axes = plots.plt.subplots(1, len(panels), figsize=(9.5 * len(panels), 6.5), sharey=True, squeeze=False)
+    size, legends = (8.5 * len(panels), 6.5), {"wspace": 0.5}
+    figure, axes = plots.plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, gridspec_kw=legends)
     for axis, group in zip(axes[0], panels, strict=True):
         for number, method in enumerate(group, 1):
             _plot_point(axis, number, method.name, of_method(rows, method.name, method.dangerous))
