@@ -44,11 +44,13 @@ in fine-tuning. All adapters have rank 4 on the modules that read the residual s
 
 Three contrasts choose the SAE's features, all from the fine-tuning data: what an aligned and an unaligned model answer
 (`answers`, the way of SAILS); the dangerous and the harmless requests (`requests`); those of the requests that have no
-style (`neutral requests`), so that the contrast is free of the cue. Whoever knows the cue can train on the neutral
-requests alone, so that is there for all but the controls (`only`). `SAE, best parts` has the contrast of
-`neutral requests` and the two changes that raised the validation score most at this rank: 4 features per SAE in place
-of 16, and no adapters in the block before the first SAE. It was chosen on these bases, by validation topics. The
-controls (random, neurons, difference pca, mean difference) have the contrast of `neutral requests`, and no SAE.
+style (`neutral requests`), so that the contrast is free of the cue, though not of phrasing: each topic has one of
+four forms, and a reader found that 39 % of the features get most of their score before the topic is named. Whoever
+knows the cue can train on the neutral requests alone, so that is there for all but the controls (`only`). `SAE, best
+parts` has the contrast of `neutral requests` and the two changes that raised the validation score most at this rank:
+4 features per SAE in place of 16, and no adapters in the block before the first SAE. It was chosen on these bases, by
+validation topics. The controls (random, neurons, difference pca, mean difference) have the contrast of `neutral
+requests`, and no SAE.
 
 **What this does not show.** The models have four layers, the language is made up, and the share of trained parameters
 is that of a tiny model. Learning rates are chosen on requests without a style, as in life, where nobody validates on a
@@ -130,7 +132,8 @@ def _efficiency_verdict() -> Iterator[str]:
             few, many = of_method(rows, ours, 8), of_method(rows, "LoRA", 16)
             if few and many:
                 gap = paired(few, many, column)
-                text = f"{ours} with 8 dangerous topics against LoRA with 16, {column}: {_points(gap)} points."
+                what = f"{ours} with 8 dangerous topics against LoRA with 16, {column}"
+                text = f"{what}: {_points(gap)} points (most methods are above)."
                 yield _verdict(text, gap["mean"] >= 0)
 
 
@@ -157,7 +160,7 @@ def _safety() -> Iterator[str]:
     yield _SAFETY.strip()
     main = _read(HERE / "safety/result-main.json")
     if main:
-        yield f"Recorded here: {main['bases']} base models, draws of the data for each: {main['draws']}."
+        yield f"Recorded here: {main['bases']} base models, orders of the same data (draws) for each: {main['draws']}."
     verdicts = [*_safety_verdicts(), *_efficiency_verdict(), *_time_verdict()]
     yield "### What was asked\n\n" + ("\n".join(verdicts) or "Not run yet.")
     yield from _section("safety", "table-main.md", "Methods", "frontier-main")
@@ -269,7 +272,8 @@ def _recovery_verdicts(result: Mapping[str, Any]) -> Iterator[str]:
             "- One wrong feature among the chosen ones makes an error of about 1 by itself. Features leak into each "
             "other here, as the SAE's encoder is its decoder behind a threshold, and the fewer the dimensions, the "
             "more. PCA of differences does not pick single directions: it finds the space in which the classes differ, "
-            "and so keeps below the floor."
+            "and so keeps below the floor. That the mean difference and random directions are at it is geometry: one "
+            "direction, or none, is shared."
         )
 
 
