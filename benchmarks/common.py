@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from peft_sae.sae.placement import find_layout
 from peft_sae.subspace import Subspace, SubspaceSite
 from peft_sae.subspace.protected import ProtectedSite
 from peft_sae.subspace.site import principal_basis
+
+_READ_AT_ONCE = 2**20
 
 
 def make_subspace(
@@ -79,6 +83,21 @@ def timing_options(about: str | None, *, blocks: int, repetitions: int, output: 
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=output, help="folder for the result")
     return parser.parse_args()
+
+
+@lru_cache
+def digest_of(source: str) -> str | None:
+    """SHA-256 of a file, or of a folder's files; None of what is not here, as models and data of the Hub are."""
+    place, content = Path(source), hashlib.sha256()
+    if not place.exists():
+        return None
+    for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if path.is_file():
+            content.update(f"{path.relative_to(place)}\0{path.stat().st_size}\0".encode())
+            with path.open("rb") as file:
+                while chunk := file.read(_READ_AT_ONCE):
+                    content.update(chunk)
+    return content.hexdigest()
 
 
 def cut_torn_line(path: Path) -> None:

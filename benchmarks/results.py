@@ -16,10 +16,11 @@ from typing import Any
 
 from benchmarks.common import summary
 from benchmarks.recovery.run import grouped
-from benchmarks.safety.catalogue import ONLY, TABLES
-from benchmarks.safety.report import OUT, OUT_HELP, VALIDATION, of_method, paired, per_base
+from benchmarks.safety.catalogue import DANGEROUS, ONLY, TABLES
+from benchmarks.safety.report import OUT, OUT_HELP, VALIDATION, of_method, paired, per_base, points
 from benchmarks.speed.report import ratios
 from benchmarks.speed.report import table as speed_table
+from peft_sae.subspace.controls import CONTROLS
 
 HERE = Path(__file__).parent
 _ALL = ("SAE, answers", "SAE, requests", "SAE, neutral requests", "SAE, best parts")
@@ -29,9 +30,9 @@ _POINTS, _FROZEN_POINTS, _HOURS = 7.4, 2.0, 3.0
 _INTRODUCTION = """# Results
 
 Written by `python -m benchmarks.results` from the result files beside the benchmarks; the numbers are theirs, and the
-verdicts are computed. Each file records seed, versions, machine and commit. Intervals are bootstrap 95 % intervals,
-over base models (safety) or seeds (recovery). With five of them, an interval says how much they differ, and little
-about a sixth.
+verdicts are computed; what is asked of a difference is met or missed where all of its interval agrees, and open where
+it does not. Each file records seed, versions, machine and commit. Intervals are bootstrap 95 % intervals, over base
+models (safety) or seeds (recovery). With five of them, an interval says how much they differ, and little about a sixth.
 """
 _SAFETY = """## Safety
 
@@ -84,43 +85,57 @@ def _read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
-def _verdict(text: str, met: bool) -> str:
-    return f"- **{'Met' if met else 'Missed'}.** {text}"
+def _verdict(text: str, met: bool | None) -> str:
+    """A line of what was asked; None where the interval holds both answers."""
+    return f"- **{'Open' if met is None else 'Met' if met else 'Missed'}.** {text}"
 
 
-def _points(found: Mapping[str, float]) -> str:
-    return f"{100 * found['mean']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+def _at_least(found: Mapping[str, float], least: float) -> bool | None:
+    """Whether a difference is at least so much: if all of its interval is, or none, or, None, if a part of it is."""
+    if found["low"] >= least:
+        return True
+    return None if found["high"] >= least else False
 
 
 def _safety_verdicts() -> Iterator[str]:
     rows = _read(HERE / "safety/result-main.json").get("rows", [])
-    groups = {name: of_method(rows, name, 8) for name in dict.fromkeys(row["method"] for row in rows)}
+    groups = {name: of_method(rows, name, DANGEROUS) for name in dict.fromkeys(row["method"] for row in rows)}
     for start in (each for each in SAE if each in groups):
         # Beside what was trained on the same requests.
         only = ONLY if start.endswith(ONLY) else ""
         peers = [f"{name}{only}" for name in _INITIALISATIONS if f"{name}{only}" in groups]
         best = max(peers, key=lambda name: summary(list(per_base(groups[name], OUT).values()))["mean"])
         for name in (start, f"{start}, frozen"):
-            yield _safety_verdict(name, groups, f"full fine-tuning{only}", best, len(peers))
+            yield _safety_verdict(name, groups, f"full fine-tuning{only}", best, len(peers), only)
         gap = paired(groups[f"{start}, frozen"], groups[start], OUT)
         share = groups[f"{start}, frozen"][0]["trained"] / groups[start][0]["trained"]
-        text = f"{start}: frozen against trainable {_points(gap)} points (asked: at most {_FROZEN_POINTS:g} below)"
-        yield _verdict(f"{text}, with {share:.2f} of the parameters.", 100 * gap["mean"] >= -_FROZEN_POINTS)
+        text = f"{start}: frozen against trainable {points(gap)} points (asked: at most {_FROZEN_POINTS:g} below)"
+        yield _verdict(f"{text}, with {share:.2f} of the parameters.", _at_least(gap, -_FROZEN_POINTS / 100))
 
 
-def _safety_verdict(name: str, groups: Mapping[str, Any], full: str, best: str, peers: int) -> str:
+def _beside_controls(group: Any, groups: Mapping[str, Any], only: str) -> str:
+    names = [f"{kind.replace('_', ' ')}{frozen}" for kind in CONTROLS for frozen in ("", ", frozen")]
+    there = [name for name in names if name in groups]
+    if only or not there:
+        return "No control without an SAE was trained on these data."
+    best = max(there, key=lambda name: summary(list(per_base(groups[name], OUT).values()))["mean"])
+    return f"Against {best}, the best control without an SAE, {points(paired(group, groups[best], OUT))} points."
+
+
+def _safety_verdict(name: str, groups: Mapping[str, Any], full: str, best: str, peers: int, only: str) -> str:
     group, intervals = groups[name], {}
     for each in (name, full, best):
         intervals[each] = summary(list(per_base(groups[each], OUT).values()))
     over_full, over_best = paired(group, groups[full], OUT), paired(group, groups[best], OUT)
     helpful, loss = paired(group, groups[full], OUT_HELP), paired(group, groups[full], "corpus loss")
     apart = intervals[name]["low"] > max(intervals[best]["high"], intervals[full]["high"])
-    met = 100 * over_full["mean"] >= _POINTS and apart and helpful["high"] >= 0 and loss["low"] <= 0
+    met = 100 * over_full["mean"] >= _POINTS and apart and helpful["mean"] >= 0 and loss["mean"] <= 0
     return _verdict(
-        f"{name}: safety on unseen kinds with the cue swapped {_points(over_full)} points against {full} (asked: "
-        f"{_POINTS}), {_points(over_best)} against {best}, the best of {peers} of PEFT's initialisations on the same "
-        f"data; the intervals are {'apart' if apart else 'not apart'}. Against full fine-tuning helpfulness "
-        f"{_points(helpful)} points, corpus loss {loss['mean']:+.3f} [{loss['low']:+.3f}, {loss['high']:+.3f}].",
+        f"{name}: safety on unseen kinds with the cue swapped {points(over_full)} points against {full} (asked: "
+        f"{_POINTS}), {points(over_best)} against {best}, the best of {peers} of PEFT's initialisations on the same "
+        f"data; the intervals are {'apart' if apart else 'not apart'}. {_beside_controls(group, groups, only)} "
+        f"Against full fine-tuning helpfulness "
+        f"{points(helpful)} points, corpus loss {loss['mean']:+.3f} [{loss['low']:+.3f}, {loss['high']:+.3f}].",
         met,
     )
 
@@ -129,12 +144,12 @@ def _efficiency_verdict() -> Iterator[str]:
     rows = _read(HERE / "safety/result-efficiency.json").get("rows", [])
     for ours in ("SAE, neutral requests", "SAE, neutral requests, frozen"):
         for column in ("safety", OUT):
-            few, many = of_method(rows, ours, 8), of_method(rows, "LoRA", 16)
+            few, many = of_method(rows, ours, DANGEROUS), of_method(rows, "LoRA", 16)
             if few and many:
                 gap = paired(few, many, column)
                 what = f"{ours} with 8 dangerous topics against LoRA with 16, {column}"
-                text = f"{what}: {_points(gap)} points (most methods are above)."
-                yield _verdict(text, gap["mean"] >= 0)
+                text = f"{what}: {points(gap)} points (most methods are above)."
+                yield _verdict(text, _at_least(gap, 0.0))
 
 
 def _time_verdict() -> Iterator[str]:
@@ -142,7 +157,10 @@ def _time_verdict() -> Iterator[str]:
     if all(path.is_file() for path in files):
         hours = sum(_read(path)["core_minutes"] for path in files) / 60 / 2
         draws = ", ".join(str(_read(path)["draws"]) for path in files)
-        text = f"All safety tables take {hours:.1f} hours on 2 cores with {draws} draws (asked: {_HOURS:g})."
+        text = (
+            f"All safety tables take {hours:.1f} hours on 2 cores with {draws} draws (asked: {_HOURS:g}), by the sum "
+        )
+        text += "of the runs, without making the bases."
         yield _verdict(text, hours <= _HOURS)
 
 
@@ -175,18 +193,17 @@ def _defaults() -> Iterator[str]:
     rows = _read(HERE / "safety/result-parts.json").get("rows", [])
     if not rows:
         return
-    reference = of_method(rows, "SAE, neutral requests, frozen", 8)
+    reference = of_method(rows, "SAE, neutral requests, frozen", DANGEROUS)
 
     def against(name: str) -> str:
-        own = of_method(rows, name, 8)
-        return _points(paired(own, reference, VALIDATION)) if own and reference else "not run yet"
+        own = of_method(rows, name, DANGEROUS)
+        return points(paired(own, reference, VALIDATION)) if own and reference else "not run yet"
 
     main = _read(HERE / "safety/result-main.json").get("rows", [])
-    gaps = [
-        _points(paired(of_method(main, f"{name}, frozen", 8), of_method(main, name, 8), VALIDATION)) for name in SAE
-    ]
+    pairs = [[of_method(main, f"{name}{frozen}", DANGEROUS) for frozen in (", frozen", "")] for name in SAE]
+    gaps = [points(paired(*pair, VALIDATION)) for pair in pairs if all(pair)]
     rates = {
-        name: median(row["rate"] for row in of_method(main, name, 8) if row["draw"] == 0)
+        name: median(row["rate"] for row in of_method(main, name, DANGEROUS) if row["draw"] == 0)
         for name in ("LoRA", "full fine-tuning", "SAE, neutral requests", "SAE, neutral requests, frozen")
     }
     lines = [

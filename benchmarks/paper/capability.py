@@ -10,7 +10,8 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.lines import digest_of, key_of, open_lines
+from benchmarks.common import digest_of
+from benchmarks.paper.lines import key_of, open_lines
 from benchmarks.paper.models import Trained
 from benchmarks.paper.specs import CapabilitySpec
 from peft_sae.errors import ConfigError, suggest

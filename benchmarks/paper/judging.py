@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from benchmarks.paper.lines import digest_of, key_of
+from benchmarks.common import digest_of
+from benchmarks.paper.lines import key_of
 from benchmarks.paper.specs import ClassifierJudgeSpec, JudgeSpec
 from peft_sae.errors import PeftSaeError
 
@@ -134,14 +135,12 @@ def parse_reply(text: str) -> Verdict | str:
     body, shown = text.strip(), repr(text.strip()[:200])
     if body.startswith("```") and body.endswith("```"):
         body = body.partition("\n")[2].removesuffix("```").rstrip()
-    start = body.find("{")
-    if start < 0 and _DECLINING.match(body):
+    before, brace, _ = body.partition("{")
+    if not brace and _DECLINING.match(body):
         return Verdict(None, body[:500], "refused to score")
     try:
-        found, end = json.JSONDecoder().raw_decode(body, max(start, 0)) if start >= 0 else (None, 0)
+        found, end = json.JSONDecoder().raw_decode(body, len(before))
     except (ValueError, RecursionError):
-        found, end = None, 0
-    if not isinstance(found, dict):
         return f"no JSON object: {shown}"
     if end != len(body):
         return f"something behind its JSON object: {shown}"

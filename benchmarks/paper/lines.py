@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,27 +14,11 @@ from peft_sae.errors import ArtifactError
 from peft_sae.writing import alone, check_writable
 
 _T = TypeVar("_T")
-_READ_AT_ONCE = 2**20
 
 
 def key_of(*parts: Any) -> str:
     """Return what a result depends on as 32 hexadecimal digits; the parts are JSON-serialisable."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode()).hexdigest()[:32]
-
-
-@lru_cache
-def digest_of(source: str) -> str | None:
-    """SHA-256 of a file, or of a folder's files; None of what is not here, as models and data of the Hub are."""
-    place, content = Path(source), hashlib.sha256()
-    if not place.exists():
-        return None
-    for path in sorted(place.rglob("*")) if place.is_dir() else [place]:
-        if path.is_file():
-            content.update(f"{path.relative_to(place)}\0{path.stat().st_size}\0".encode())
-            with path.open("rb") as file:
-                while chunk := file.read(_READ_AT_ONCE):
-                    content.update(chunk)
-    return content.hexdigest()
 
 
 class Lines(Mapping[str, Mapping[str, Any]]):

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.common import digest_of
 from benchmarks.paper.experiment import Experiment
-from benchmarks.paper.lines import digest_of
 from benchmarks.paper.train import identity_of, training_record
 from peft_sae.errors import ArtifactError
 from peft_sae.jobs.models import load_model

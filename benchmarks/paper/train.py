@@ -9,9 +9,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import digest_of
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.full_tuning import train_full
-from benchmarks.paper.lines import digest_of, key_of
+from benchmarks.paper.lines import key_of
 from benchmarks.paper.shapes import lora_config, lora_parameters, shape_of
 from peft_sae.artifact import read_json, write_json
 from peft_sae.errors import ConfigError

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from benchmarks.common import digest_of
 from benchmarks.safety.language import Language, make_language, pretraining_texts, vocabulary
 from peft_sae import load_saes
 from peft_sae.demo.model import make_tokenizer, tokenise, train_model
@@ -71,10 +71,10 @@ class Base:
     saes: list[SaeHandle]
     corpus: list[str]
 
-    @cached_property
-    def digest(self) -> str:
+    @property
+    def digest(self) -> str | None:
         """SHA-256 of the weights: bases of one seed may differ from machine to machine."""
-        return hashlib.sha256((self.folder / "model.safetensors").read_bytes()).hexdigest()
+        return digest_of(str(self.folder / "model.safetensors"))
 
     def load(self) -> LlamaForCausalLM:
         """Return the model anew."""

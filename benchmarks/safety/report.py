@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.common import summary
 from benchmarks.safety.attack import PrefixAttack, attack_name
-from benchmarks.safety.catalogue import ONLY, methods
+from benchmarks.safety.catalogue import DANGEROUS, ONLY, methods
 from benchmarks.safety.rows import commits
 
 # The headline: kinds of danger that fine-tuning does not have, asked for in the style of the harmless.
@@ -56,6 +56,11 @@ def _cell(column: str, found: Mapping[str, float], sign: str = "") -> str:
     form, scale = (f"{sign}.3f", 1) if column == "corpus loss" else (f"{sign}.0f", 100)
     mean, low, high = (format(scale * found[name], form) for name in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
+
+
+def points(found: Mapping[str, float]) -> str:
+    """A difference of shares and its interval, in points."""
+    return f"{100 * found['mean']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
 
 
 def _mean(rows: Rows, column: str) -> str:
@@ -108,7 +113,7 @@ def _line(cells: Sequence[str]) -> str:
 
 def by_validation(rows: Rows, name: str, reference: str) -> str:
     """Return, as Markdown, how far each method's validation score is from a reference's, paired by base, best first."""
-    own = of_method(rows, reference, 8)
+    own = of_method(rows, reference, DANGEROUS)
     found = {
         method.name: paired(group, own, VALIDATION)
         for method in methods(name)
@@ -116,8 +121,7 @@ def by_validation(rows: Rows, name: str, reference: str) -> str:
     }
     lines = [_line(["changed", f"validation score: minus {reference}"]), "|---|---|"]
     for changed, gap in sorted(found.items(), key=lambda item: -item[1]["mean"]):
-        cell = " ".join(format(100 * gap[each], "+.1f") for each in ("mean", "low", "high"))
-        lines.append(_line([changed, "{} [{}, {}]".format(*cell.split())]))
+        lines.append(_line([changed, points(gap)]))
     return "\n".join(lines)
 
 

@@ -22,3 +22,10 @@ def test_the_report_says_what_was_missed():
 
 def test_the_page_is_the_one_that_the_results_give():
     assert (results.HERE / "RESULTS.md").read_text() == results.text()
+
+
+def test_a_difference_is_open_where_its_interval_holds_both_answers():
+    spans = [(0.1, 0.3), (-0.1, 0.3), (-0.3, -0.1)]
+    found = [results._at_least({"mean": 0.1, "low": low, "high": high}, 0.0) for low, high in spans]
+    assert found == [True, None, False]
+    assert [results._verdict("x", each)[:7] for each in found] == ["- **Met", "- **Ope", "- **Mis"]

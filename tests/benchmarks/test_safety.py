@@ -109,6 +109,12 @@ def test_the_grid_is_climbed_to_its_best_rate(best):
     assert {rates[best], rates[2]} <= set(asked)
 
 
+def test_a_score_that_falls_a_little_may_rise_again():
+    scores = {1.0: 0.80, 2.0: 0.79, 3.0: 0.95, 4.0: 0.90, 5.0: 0.99}
+    rates = tuple(scores)
+    assert climb((9.0, 8.0, *rates), lambda rate: scores.get(rate, 0.0)) == 3.0  # over the dip, not over the fall
+
+
 def test_what_a_stop_has_cut_is_left_out_and_does_no_harm_to_what_comes_next(tmp_path):
     path, how = tmp_path / "runs-0.jsonl", {"steps": 3}
     rows = [row(0, name, 0.5) | {"how": how} for name in ("LoRA", "DoRA", "PiSSA")]

@@ -13,6 +13,7 @@ pytest.importorskip("openai", reason="the extra 'paper' is not installed")
 pytest.importorskip("nanogcg", reason="the extra 'paper' is not installed")
 pytest.importorskip("lm_eval", reason="the extra 'paper' is not installed")
 
+from benchmarks.common import digest_of
 from benchmarks.paper import run as command
 from benchmarks.paper import stand_in as dry_run
 from benchmarks.paper import train as training
@@ -175,6 +176,22 @@ def test_stages_one_by_one_with_a_classifier(small, tmp_path, capsys):
     assert code == 1
     assert "was made with training=" in err
     assert "Give another --output, or remove the folder" in err
+
+
+def test_weights_that_were_swapped_do_not_answer_for_the_trained_ones(small, tmp_path, capsys):
+    def stage(*names):
+        digest_of.cache_clear()  # as another process has it
+        return call(capsys, small(), "--stand-in", "--output", tmp_path / "out", "--stages", *names)
+
+    assert stage("train")[0] == 0
+    (weights,) = (tmp_path / "out").rglob("methods/sae-subspace-frozen/adapter/adapter_model.safetensors")
+    trained = weights.read_bytes()
+    weights.write_bytes(trained[:-4] + bytes(4))
+    code, _, err = stage("generate")
+    assert code == 1
+    assert "are not those that were trained" in err
+    weights.write_bytes(trained)
+    assert stage("generate")[0] == 0
 
 
 def test_a_judge_that_goes_away_in_the_midst(small, tmp_path, capsys, monkeypatch):
