@@ -73,6 +73,7 @@ import signal
 import sys
 print(__name__, __file__, sys.argv, sys.path[0])
 if "--interrupt" in sys.argv:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs that a shell runs in the background ignore it
     signal.raise_signal(signal.SIGINT)
 if "--fail" in sys.argv:
     raise KeyError("of the script")
