@@ -177,12 +177,17 @@ def _subspace(job: TrainingJob, model: Any, notes: list[str]) -> Subspace:
         notes.append("Hook points are read off the SAEs' names; the SAEs are not loaded.")
     width = int(model.config.get_text_config().hidden_size)
     rank = min(selection.top_k, width)
-    wanted = job.adapter_config().r
-    if wanted == "auto":
+    config = job.adapter_config()
+    if config.r == "auto":
         notes.append(f"r is 'auto' and the features are not chosen yet: ranks are those of top_k={rank}, at most.")
     else:
-        rank = min(rank, int(wanted))
-        notes.append("A basis of fewer directions than r, which is known when the features are chosen, is filled up.")
+        rank = min(rank, int(config.r))
+        what = "is filled up"
+        if config.fill == "zeros":
+            what = "is filled up with zeros"
+        elif config.freeze_basis or config.fill == "error":
+            what = "will be an error; fill: zeros, or r: auto, avoids it"
+        notes.append(f"A basis of fewer directions than r, which is known when the features are chosen, {what}.")
     return _stand_in(places, model, width, rank)
 
 

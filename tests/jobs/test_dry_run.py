@@ -151,6 +151,20 @@ def test_what_cannot_be_planned_is_told(world, changes, error, message):
         plan_job(job(**changes))
 
 
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({}, "is filled up."),
+        ({"freeze_basis": True}, "will be an error; fill: zeros, or r: auto, avoids it."),
+        ({"fill": "error"}, "will be an error; fill: zeros, or r: auto, avoids it."),
+        ({"freeze_basis": True, "fill": "zeros"}, "is filled up with zeros."),
+    ],
+)
+def test_it_says_what_becomes_of_a_basis_that_is_too_small(world, fields, what):
+    plan = plan_job(job(adapter={"r": 4, "target_modules": ["q_proj"], **fields}))
+    assert any(note.endswith(what) for note in plan.notes)
+
+
 def test_the_command_prints_it_and_writes_nothing(world, command):
     before = sorted(path.name for path in world.iterdir())
     code, out, err = command("train", CONFIGS / "gemma-2-2b.yaml", "--dry-run")
