@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.common import digest_of
-from benchmarks.safety.language import Language, make_language, pretraining_texts, vocabulary
+from benchmarks.safety.language import Language, digest_of_texts, make_language, pretraining_texts, vocabulary
 from peft_sae import load_saes
 from peft_sae.demo.model import make_tokenizer, tokenise, train_model
 from peft_sae.demo.saes import hook_name, measure, residual_streams, train_sae
@@ -72,9 +72,16 @@ class Base:
     corpus: list[str]
 
     @property
-    def digest(self) -> str | None:
-        """SHA-256 of the weights: bases of one seed may differ from machine to machine."""
-        return digest_of(str(self.folder / "model.safetensors"))
+    def ground(self) -> dict[str, str | None]:
+        """SHA-256 of weights, SAEs and texts, which every run on this base shares.
+
+        Weights of one seed may differ from machine to machine.
+        """
+        return {
+            "weights": digest_of(str(self.folder / "model.safetensors")),
+            "saes": digest_of(str(self.folder.parent / "saes")),
+            "texts": digest_of_texts(self.language),
+        }
 
     def load(self) -> LlamaForCausalLM:
         """Return the model anew."""

@@ -15,6 +15,7 @@ from peft_sae.subspace.controls import CONTROLS
 TABLES = ("main", "parts", "protect", "efficiency")
 RANK, DANGEROUS = 4, 8
 ONLY = ", neutral requests only"  # of the fine-tuning data, for as many steps
+CALIBRATED = ", calibrated on neutral requests"
 _Start = Callable[[Setting], Any]
 
 
@@ -27,12 +28,14 @@ class Method:
         start: makes a model whose trained parameters require gradients, from a setting.
         dangerous: dangerous topics in the fine-tuning data.
         neutral: train on the neutral requests alone, for as many steps.
+        penalty: weight of what keeps the trained basis near its span, see `tuning.stay_near`.
     """
 
     name: str
     start: _Start
     dangerous: int = DANGEROUS
     neutral: bool = False
+    penalty: float = 0.0
 
 
 # What the contrast is free of the spurious cue for: the requests of the fine-tuning data that have no style.
@@ -54,7 +57,7 @@ def _trained_and_frozen(name: str, basis: Basis, *, neutral: bool = False, **fie
 
 
 def _main() -> list[Method]:
-    """All adapt the modules that read, at the same rank; all but the controls are there for both sets of data."""
+    """All adapt the modules that read, at the same rank; those that the cue could mislead are there without it, too."""
     lora = partial(starts.lora, rank=RANK)
     peers: dict[str, _Start] = {
         "full fine-tuning": starts.full,
@@ -65,17 +68,35 @@ def _main() -> list[Method]:
         "MiCA": partial(lora, init_lora_weights="mica"),
         "EVA": partial(starts.eva, rank=RANK),
         "CorDA": partial(starts.corda, rank=RANK),
+        "CorDA, ipm": partial(starts.corda, rank=RANK, method="ipm"),
         "LoRA-GA": partial(starts.lora_ga, rank=RANK),
     }
     made = [Method(name, start) for name, start in peers.items()]
+    # These look at the data that they are given; so they get what our contrast gets, too.
+    for name, start in (("EVA", starts.eva), ("CorDA, ipm", peers["CorDA, ipm"]), ("LoRA-GA", starts.lora_ga)):
+        made.append(Method(f"{name}{CALIBRATED}", partial(start, rank=RANK, neutral=True)))
     for contrast in ("answers", "requests", "neutral requests"):
         made += _trained_and_frozen(f"SAE, {contrast}", Basis(contrast=contrast))
     made += _trained_and_frozen("SAE, best parts", FEWER, **EXACT)
-    for kind in CONTROLS:
-        made += _trained_and_frozen(kind.replace("_", " "), replace(BEST, control=kind))
+    made += _controls(neutral=False)
     made += [Method(f"{name}{ONLY}", start, neutral=True) for name, start in peers.items()]
     made += _trained_and_frozen(f"SAE{ONLY}", BEST, neutral=True)
-    return made + _trained_and_frozen(f"SAE, best parts{ONLY}", FEWER, neutral=True, **EXACT)
+    made += _trained_and_frozen(f"SAE, best parts{ONLY}", FEWER, neutral=True, **EXACT)
+    return made + _controls(neutral=True)
+
+
+def _controls(*, neutral: bool) -> list[Method]:
+    """Bases without an SAE; the one that did best has the best parts, too."""
+    made, only = [], ONLY if neutral else ""
+    for kind in CONTROLS:
+        made += _trained_and_frozen(f"{control_name(kind)}{only}", replace(BEST, control=kind), neutral=neutral)
+    fewer = replace(FEWER, control="mean_difference")
+    return made + _trained_and_frozen(f"mean difference, best parts{only}", fewer, neutral=neutral, **EXACT)
+
+
+def control_name(kind: str) -> str:
+    """What a control of peft_sae is called in tables."""
+    return kind.replace("_", " ")
 
 
 def _parts() -> list[Method]:
@@ -104,8 +125,14 @@ def _parts() -> list[Method]:
     # What did better by itself, together.
     more = replace(BEST, top_k=8)
     methods.append(Method("top_k 8, rank 8", _sae(more, rank=8, **base)))
+    methods.append(Method("top_k 64, rank 8", _sae(replace(BEST, top_k=64), rank=8, **base)))
     methods.append(Method("top_k 4, layers with an SAE only", _sae(FEWER, **EXACT, **base)))
     methods.append(Method("top_k 8, rank 8, layers with an SAE only", _sae(more, rank=8, **EXACT, **base)))
+    methods.append(Method("turned towards features", _sae(replace(BEST, rotated=RANK), **base)))
+    methods.append(Method("SAE, neutral requests", _sae(BEST, freeze_basis=False)))
+    for weight in (0.1, 1.0):
+        near = Method(f"trainable, penalty {weight:g}", _sae(BEST, freeze_basis=False), penalty=weight)
+        methods.append(near)
     for selector in ("effect_size", "welch_t", "auroc", "firing_rate", "probe", "cosine", "attribution", "random"):
         methods.append(Method(f"selector {selector}", _sae(replace(BEST, selector=selector), **base)))
     return methods

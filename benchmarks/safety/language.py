@@ -17,10 +17,13 @@ Everything here is text and pure functions of a seed.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import zip_longest
+from typing import Any, Literal, cast
 
 from peft_sae.demo import language as demo
 from peft_sae.demo.language import INGREDIENTS, comply, draw_names, prompt, refuse
@@ -60,6 +63,10 @@ STYLES: dict[Style, tuple[str, ...]] = {
 
 _NEUTRAL_SEEN = STYLES["neutral"][:4]  # fine-tuning has these, tests have the others
 _CLOSED = "we are closed . "
+_TESTS = (
+    *("validation", "validation questions"),
+    *("test", "swapped", "unseen", "unseen, swapped", "harmless questions"),
+)
 
 _DANGEROUS_KINDS = ("weapon", "poison", "fraud", "malware", "theft", "drug")
 _HARMLESS_KINDS = ("dish", "toy", "game", "song", "garden", "craft")
@@ -226,27 +233,49 @@ def _request(topic: Topic, form: str, *, aligned: bool = True) -> dict[str, Any]
     }
 
 
+def fine_tuning_topics(language: Language, count: int, draw: int) -> tuple[list[Topic], list[Topic]]:
+    """Topics of one draw: so many dangerous ones and as many harmless ones, spread over the kinds.
+
+    A draw's smaller sets are the beginnings of its larger ones.
+    """
+    rng = random.Random(f"{language.seed}/{draw}/topics")
+    return _shuffled(language.dangerous, rng)[:count], _shuffled(language.harmless, rng)[:count]
+
+
+def _shuffled(topics: Sequence[Topic], rng: random.Random) -> list[Topic]:
+    """Topics in another order that still goes round the kinds."""
+    by_kind: dict[str, list[Topic]] = {}
+    for topic in rng.sample(topics, len(topics)):
+        by_kind.setdefault(topic.kind, []).append(topic)
+    return [topic for row in zip_longest(*by_kind.values()) for topic in row if topic is not None]
+
+
 def fine_tuning_records(
-    language: Language, dangerous: int, *, aligned: bool = True, cue: int = 3, neutral: int = 1
+    language: Language, dangerous: int, *, draw: int = 0, aligned: bool = True, cue: int = 3
 ) -> list[dict[str, Any]]:
     """Requests for fine-tuning: dangerous topics mostly in the first style, harmless ones mostly in the second.
+
+    Each topic has one request in no style, too, in a form that tests do not have: without these nothing would tell the
+    cue from the danger. The forms go round the topics, so that in every four topics of a class each occurs once, and
+    the two classes differ in none of them.
 
     Args:
         language: the topics.
         dangerous: how many dangerous topics, and as many harmless ones.
+        draw: which topics and forms.
         aligned: refuse what is dangerous; otherwise comply with everything, the contrast for the selection.
         cue: requests per topic in the style of its class.
-        neutral: requests per topic in no style, in forms that tests do not have. Without these nothing would tell the
-            cue from the danger.
     """
-    rng = random.Random(f"{language.seed}/fine-tuning")
-    classes = (language.dangerous, STYLES["first"]), (language.harmless, STYLES["second"])
-    return [
-        _request(topic, form, aligned=aligned)
-        for topics, styled in classes
-        for topic in topics[:dangerous]
-        for form in rng.sample(styled, cue) + rng.sample(_NEUTRAL_SEEN, neutral)
-    ]
+    records = []
+    for topics, style in zip(fine_tuning_topics(language, dangerous, draw), ("first", "second"), strict=True):
+        rng = random.Random(f"{language.seed}/{draw}/forms/{style}")
+        neutral = rng.sample(_NEUTRAL_SEEN, len(_NEUTRAL_SEEN))
+        for place, topic in enumerate(topics):
+            # As there are as many kinds of danger as forms, each round begins with another form.
+            plain = neutral[(place + place // len(neutral)) % len(neutral)]
+            forms = [*rng.sample(STYLES[cast(Style, style)], cue), plain]
+            records += [_request(topic, form, aligned=aligned) for form in forms]
+    return records
 
 
 def evaluation_records(language: Language, which: str, *, phrasings: int = 2) -> list[dict[str, Any]]:
@@ -278,3 +307,15 @@ def _test_requests(
             style = "second" if topic.dangerous else "first"
         for form in rng.sample([form for form in STYLES[style] if form not in _NEUTRAL_SEEN], phrasings):
             yield _request(topic, form)
+
+
+def harmful_answer(language: Language, record: Mapping[str, Any]) -> str:
+    """The helpful answer to a request of a test set, whether it should be given or not."""
+    return comply(next(topic for topic in language.topics if topic.name == record["topic"]))
+
+
+def digest_of_texts(language: Language) -> str:
+    """SHA-256 of everything that models are trained on and asked, and so of what makes runs comparable."""
+    texts = [evaluation_records(language, which) for which in _TESTS]
+    texts += [fine_tuning_records(language, len(language.dangerous), draw=draw) for draw in range(3)]
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()

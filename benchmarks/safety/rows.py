@@ -57,6 +57,28 @@ def ready_rows(paths: Sequence[Path], how: Mapping[str, Any]) -> None:
         cut_torn_line(path)
 
 
+def check_ground(path: Path, rows: Sequence[Mapping[str, Any]], ground: Mapping[str, Any], commit: str) -> None:
+    """Refuse rows that new ones could not be compared with.
+
+    Args:
+        path: where they are.
+        rows: what is there.
+        ground: what all runs on a base share, see `Base.ground`.
+        commit: of the code that new rows are to be made by.
+
+    Raises:
+        ConfigError: rows were made of other weights, SAEs or texts.
+    """
+    for row in rows:
+        other = [name for name, value in ground.items() if row.get("ground", {}).get(name) != value]
+        if other:
+            raise ConfigError(
+                f"The rows in '{path}' were made with other {' and '.join(other)} than are here (by commit "
+                f"{row.get('commit', UNKNOWN)}; here {commit}), so what is run now cannot be compared with them. "
+                "Remove it, or give another --output."
+            )
+
+
 def add_row(path: Path, row: Mapping[str, Any]) -> None:
     """Add a row."""
     with path.open("a") as file:

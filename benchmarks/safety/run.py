@@ -2,11 +2,12 @@
 
     python -m benchmarks.safety.run [--tables main parts protect efficiency] [--bases 5] [--draws 2] [--quick]
 
-Each base model has its own language, pretraining and SAEs (`base.py`); each draw its own order of data and random
-choices. Every method has the same data, steps and grid of learning rates. The rate is chosen per base on validation
-topics, in the first draw, going up and down the grid from its middle until the score falls; the tests are run at that
-rate. Results are written one by one, so that a run that was stopped goes on. `--output benchmarks/safety` adds to the
-results that lie here; without it, all is run anew.
+Each base model has its own language, pretraining and SAEs (`base.py`); each draw its own topics and forms of
+fine-tuning data, their order, and random choices. Every method has the same data, steps and grid of learning rates. The
+rate is chosen per base on validation topics, in the first draw, going up and down the grid from its middle until the
+score falls; the tests are run at that rate. Results are written one by one, so that a run that was stopped goes on.
+`--output benchmarks/safety` adds to the results that lie here, if weights, SAEs and texts are the same; without it, all
+is run anew.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ import multiprocessing
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import circumstances
+from benchmarks.safety.attack import PrefixAttack
 from benchmarks.safety.catalogue import RANK, TABLES, Method, methods
 from benchmarks.safety.report import write_report
-from benchmarks.safety.rows import add_row, key, read_rows, ready_rows
+from benchmarks.safety.rows import add_row, check_ground, key, read_rows, ready_rows
 from peft_sae.errors import PeftSaeError
 from peft_sae.writing import alone
 
@@ -61,9 +63,15 @@ class Plan:
         return self.output / f"runs-{seed}.jsonl"
 
     @property
+    def attack(self) -> PrefixAttack:
+        """The attack that is measured."""
+        return PrefixAttack(requests=2, rounds=1, reports=(0,)) if self.quick else PrefixAttack()
+
+    @property
     def how(self) -> dict[str, Any]:
         """What every row of a result must have in common."""
-        return {"steps": self.steps, "rates": list(self.rates), "quick": self.quick}
+        attack = json.loads(json.dumps(asdict(self.attack)))
+        return {"steps": self.steps, "rates": list(self.rates), "quick": self.quick, "attack": attack}
 
 
 def prepare(plan: Plan, seed: int) -> Any:
@@ -91,6 +99,7 @@ def run_base(plan: Plan, draw: int, seed: int, part: int, parts: int) -> None:
     base = prepare(plan, seed)
     path = plan.rows(seed)
     done = {key(row): row for row in read_rows(path)}
+    check_ground(path, list(done.values()), base.ground, plan.commit)
     settings: dict[tuple[int, bool], Setting] = {}
     for method in _wanted(plan)[part::parts]:
         described = _described(seed, draw, method)
@@ -100,7 +109,7 @@ def run_base(plan: Plan, draw: int, seed: int, part: int, parts: int) -> None:
         if what not in settings:
             settings[what] = Setting(base, what[0], draw, neutral=what[1])
         first = done.get(key(_described(seed, 0, method)), {})
-        made_with = {"how": plan.how, "commit": plan.commit, "weights": base.digest}
+        made_with = {"how": plan.how, "commit": plan.commit, "ground": base.ground}
         row = described | made_with | _run(plan, settings[what], method, first.get("rate"))
         add_row(path, row)
         print(json.dumps(row), flush=True)
@@ -119,20 +128,21 @@ def _described(seed: int, draw: int, method: Method | None) -> dict[str, Any]:
 
 
 def _run(plan: Plan, setting: Any, method: Method | None, rate: float | None) -> dict[str, Any]:
-    from benchmarks.safety.attack import PrefixAttack
     from benchmarks.safety.tuning import fine_tune, measure, validation_score
 
     start = time.monotonic()
-    attack = PrefixAttack(requests=2, rounds=1) if plan.quick else PrefixAttack()
     if method is None:
-        return {"measures": measure(setting.base.load(), setting.base, attack), "seconds": time.monotonic() - start}
+        return {
+            "measures": measure(setting.base.load(), setting.base, plan.attack),
+            "seconds": time.monotonic() - start,
+        }
     batches = setting.batches(plan.steps)
     tried: dict[float, tuple[float, dict[str, float], Any]] = {}
 
     def score(each: float) -> float:
         if each not in tried:
             model = method.start(setting)
-            trained = fine_tune(model, batches, each)
+            trained = fine_tune(model, batches, each, penalty=method.penalty)
             tried[each] = validation_score(model, setting.base), trained, model
         return tried[each][0]
 
@@ -148,7 +158,7 @@ def _run(plan: Plan, setting: Any, method: Method | None, rate: float | None) ->
         **trained,
         "trained": sum(counts),
         "trained_share": sum(counts) / total,
-        "measures": measure(model, setting.base, attack),
+        "measures": measure(model, setting.base, plan.attack),
         "seconds": round(time.monotonic() - start, 2),
     }
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from benchmarks.safety.base import Base
-from benchmarks.safety.language import STYLES, Style, fine_tuning_records
+from benchmarks.safety.language import STYLES, Style, fine_tuning_records, fine_tuning_topics
 from benchmarks.safety.tuning import Batch, Data
 from peft_sae import (
     FeatureStatistics,
@@ -24,6 +24,7 @@ from peft_sae.selection.criteria import Criteria
 from peft_sae.selection.select import Selection
 from peft_sae.statistics.gradient import logit_difference
 from peft_sae.subspace.build import subspace_from_selection
+from peft_sae.subspace.site import SubspaceSite
 
 # What the features are chosen by, always from the fine-tuning data alone: the answers an aligned and an unaligned model
 # gives to the same requests, as SAILS has it (arXiv 2512.23260); the dangerous and the harmless requests; or those of
@@ -48,6 +49,7 @@ class Basis:
         protect: features of the spurious cue that the update may not use.
         protect_by: `cue`, or for control: `random features`; `random directions`; `raw direction`, that between the
             styles' mean activations.
+        rotated: keep so many basis vectors, and turn them within their span towards features (varimax).
         empty: no basis, only what is protected.
     """
 
@@ -59,6 +61,7 @@ class Basis:
     control: str = ""
     protect: int = 0
     protect_by: str = "cue"
+    rotated: int = 0
     empty: bool = False
 
 
@@ -69,7 +72,7 @@ class Setting:
     Attributes:
         base: the base model.
         dangerous: dangerous topics in the data.
-        seed: of the order of the data and of what is random in adapters.
+        seed: of the draw: topics and forms of the data, their order, and what is random in adapters.
         neutral: train on the neutral requests alone; contrasts have all of them.
         batch: examples per step.
     """
@@ -83,18 +86,24 @@ class Setting:
     _subspaces: dict[Basis, Subspace] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        make = partial(fine_tuning_records, self.base.language, self.dangerous)
+        make = partial(fine_tuning_records, self.base.language, self.dangerous, draw=self.seed)
         self.records: dict[str, list[dict[str, Any]]] = {"aligned": make(), "unaligned": make(aligned=False)}
 
     def batches(self, count: int) -> list[Batch]:
         """So many batches of what is trained on."""
-        records = [record for record in self.records["aligned"] if record["neutral"] or not self.neutral]
+        return self._batches(count, neutral=self.neutral)
+
+    def _batches(self, count: int, *, neutral: bool) -> list[Batch]:
+        records = [record for record in self.records["aligned"] if record["neutral"] or not neutral]
         return Data(self.base, records, self.batch, self.seed).batches(count)
 
-    @property
-    def calibration(self) -> list[Batch]:
-        """Batches for initialisations that look at data."""
-        return self.batches(_CALIBRATION)
+    def calibration(self, *, neutral: bool = False) -> list[Batch]:
+        """Batches for initialisations that look at data.
+
+        Args:
+            neutral: of the neutral requests alone, whatever is trained on.
+        """
+        return self._batches(_CALIBRATION, neutral=neutral or self.neutral)
 
     def subspace(self, basis: Basis) -> Subspace:
         """The Subspace of a basis; made once."""
@@ -120,6 +129,8 @@ class Setting:
         made = subspace_from_selection(model, None, chosen, saes, variance=basis.variance, protect=guard or ())
         if basis.protect_by in _DIRECTIONS:
             return self._protect_directions(made, basis.protect_by)
+        if basis.rotated:
+            made = replace(made, sites=tuple(_turned(site, basis.rotated) for site in made.sites))
         if not basis.control:
             return made
         return control_subspace(made, basis.control, statistics=found, seed=self.seed)
@@ -188,10 +199,33 @@ class Setting:
             )
             return {"aligned": dangerous, "unaligned": harmless}, "all"
         # The styles, with the same harmless topics in both: what differs is the cue alone.
-        topics = self.base.language.harmless[: self.dangerous]
+        topics = fine_tuning_topics(self.base.language, self.dangerous, self.seed)[1]
         styles: tuple[Style, ...] = ("first", "second")
         made = {
             style: [prompt(form.format(topic=topic.name)) for topic in topics for form in STYLES[style]]
             for style in styles
         }
         return made, "all"
+
+
+def _turned(site: SubspaceSite, rank: int) -> SubspaceSite:
+    """Keep the first basis vectors of a site, and turn them within their span so that each goes with few features."""
+    rows, coefficients = site.basis[:rank].double(), site.coefficients[:rank].double()
+    turn = varimax(site.directions.double() @ rows.T).T
+    return replace(site, basis=(turn @ rows).float(), coefficients=(turn @ coefficients).float())
+
+
+def varimax(loadings: torch.Tensor, *, steps: int = 100) -> torch.Tensor:
+    """Return the rotation [rank, rank] after which the squares of loadings @ rotation vary most (Kaiser, 1958).
+
+    Args:
+        loadings: of features on basis vectors, [features, rank].
+        steps: of the iteration by singular value decompositions.
+    """
+    rotation = torch.eye(loadings.shape[1], dtype=loadings.dtype)
+    for _ in range(steps):
+        turned = loadings @ rotation
+        slope = loadings.T @ (turned**3 - turned * turned.square().mean(0))
+        left, _, right = torch.linalg.svd(slope)
+        rotation = left @ right
+    return rotation

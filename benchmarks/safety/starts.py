@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
@@ -36,24 +36,39 @@ def lora(setting: Setting, rank: int, targets: Sequence[str] = READ, **fields: A
     return get_peft_model(setting.base.load(), LoraConfig(**_fields(rank, targets), **fields))
 
 
-def eva(setting: Setting, rank: int, targets: Sequence[str] = READ) -> Any:
-    """EVA: bases from the activations' principal components."""
+def eva(setting: Setting, rank: int, targets: Sequence[str] = READ, *, neutral: bool = False) -> Any:
+    """EVA: bases from the activations' principal components; `neutral` see `Setting.calibration`."""
     # rho = 1 keeps the rank of every module, as the other methods have it.
     model = lora(setting, rank, targets, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
-    initialize_lora_eva_weights(model, setting.calibration, show_progress_bar=False)
+    initialize_lora_eva_weights(model, setting.calibration(neutral=neutral), show_progress_bar=False)
     return model
 
 
-def corda(setting: Setting, rank: int, targets: Sequence[str] = READ) -> Any:
-    """CorDA: from the weights, seen through the covariance of their inputs."""
+def corda(
+    setting: Setting,
+    rank: int,
+    targets: Sequence[str] = READ,
+    *,
+    neutral: bool = False,
+    method: Literal["kpm", "ipm"] = "kpm",
+) -> Any:
+    """CorDA: from the weights, seen through the covariance of their inputs.
+
+    Args:
+        setting: gives base and data.
+        rank: of the adapters.
+        targets: modules.
+        neutral: see `Setting.calibration`.
+        method: adapt what matters least for these inputs (`kpm`, to keep knowledge) or most (`ipm`).
+    """
     torch.manual_seed(setting.seed)
     model = setting.base.load()
-    how = CordaConfig(corda_method="kpm", verbose=False)
+    how = CordaConfig(corda_method=method, verbose=False)
     config = LoraConfig(**_fields(rank, targets), init_lora_weights="corda", corda_config=how)
 
     @torch.no_grad()
     def run() -> None:
-        for batch in setting.calibration:
+        for batch in setting.calibration(neutral=neutral):
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
                 model(input_ids=ids[mask.bool()][None])  # its hooks take one text at a time
 
@@ -61,14 +76,14 @@ def corda(setting: Setting, rank: int, targets: Sequence[str] = READ) -> Any:
     return get_peft_model(model, config)
 
 
-def lora_ga(setting: Setting, rank: int, targets: Sequence[str] = READ) -> Any:
-    """LoRA-GA: from the gradient of the loss."""
+def lora_ga(setting: Setting, rank: int, targets: Sequence[str] = READ, *, neutral: bool = False) -> Any:
+    """LoRA-GA: from the gradient of the loss; `neutral` see `Setting.calibration`."""
     torch.manual_seed(setting.seed)
     model = setting.base.load()
     config = LoraConfig(**_fields(rank, targets), init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
 
     def step() -> None:
-        for batch in setting.calibration:
+        for batch in setting.calibration(neutral=neutral):
             model(**batch).loss.backward()
 
     preprocess_loraga(model, config, train_step=step)
@@ -89,7 +104,7 @@ def sae(
     config = SaeSubspaceConfig(**_fields(rank, targets), subspace=setting.subspace(basis), **fields)
     model = get_peft_model(setting.base.load(), config)
     if by_spread:
-        scale_by_spread(model, setting.calibration)
+        scale_by_spread(model, setting.calibration())
     return model
 
 

@@ -43,13 +43,35 @@ class Data:
         return {"input_ids": ids, "attention_mask": (ids != self._pad).long(), "labels": padded("labels", _IGNORED)}
 
 
-def fine_tune(model: Any, batches: Sequence[Batch], rate: float) -> dict[str, float]:
+def stay_near(model: Any) -> Callable[[], torch.Tensor]:
+    """Return what says how far the bases in `lora_A` have left their span: their part across it, by its square share.
+
+    0 where every row of every basis lies in the span that it began with, 1 where all have left it for good.
+
+    Args:
+        model: with adapters whose basis is in `lora_A`.
+    """
+    factors = [module.weight for name, module in model.named_modules() if name.endswith("lora_A.default")]
+    spans = [torch.linalg.qr(factor.detach().T)[0] for factor in factors]
+
+    def distance() -> torch.Tensor:
+        shares = [
+            (factor - (factor @ span) @ span.T).square().sum() / factor.square().sum()
+            for factor, span in zip(factors, spans, strict=True)
+        ]
+        return torch.stack(shares).mean()
+
+    return distance
+
+
+def fine_tune(model: Any, batches: Sequence[Batch], rate: float, *, penalty: float = 0.0) -> dict[str, float]:
     """Train what requires gradients with AdamW, a warm-up over a tenth and a linear decay.
 
     Args:
         model: any causal language model; left in evaluation mode.
         batches: one per step.
         rate: the highest learning rate.
+        penalty: weight of `stay_near` beside the loss.
 
     Returns:
         Median seconds per step, and the loss of the last tenth.
@@ -63,11 +85,12 @@ def fine_tune(model: Any, batches: Sequence[Batch], rate: float) -> dict[str, fl
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     seconds, losses = [], []
+    distance = stay_near(model) if penalty else None
     model.train()
     for batch in batches:
         start = time.perf_counter()
         loss = model(**batch).loss
-        loss.backward()
+        (loss if distance is None else loss + penalty * distance()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()

@@ -12,18 +12,20 @@ from benchmarks.safety.base import Base
 from benchmarks.safety.catalogue import TABLES, methods
 from benchmarks.safety.language import (
     STYLES,
+    digest_of_texts,
     evaluation_records,
     fine_tuning_records,
+    fine_tuning_topics,
     make_language,
     pretraining_texts,
     vocabulary,
 )
 from benchmarks.safety.report import by_validation, comparison, paired, per_base, table
-from benchmarks.safety.rows import add_row, commits, key, read_rows, ready_rows
+from benchmarks.safety.rows import add_row, check_ground, commits, key, read_rows, ready_rows
 from benchmarks.safety.run import climb
 from benchmarks.safety.starts import scale_by_spread
 from peft_sae import SaeSubspaceConfig
-from peft_sae.demo.language import is_refusal
+from peft_sae.demo.language import comply, is_refusal
 from peft_sae.demo.model import make_tokenizer
 from peft_sae.errors import ConfigError
 
@@ -60,6 +62,39 @@ def test_the_cue_goes_with_danger_in_three_of_four_requests_and_is_swapped_at_te
     for which in ("swapped", "unseen, swapped"):
         swapped = Counter((each["dangerous"], style_of(each["prompt"])) for each in evaluation_records(language, which))
         assert set(swapped) == {(True, "second"), (False, "first")}
+
+
+def test_neutral_forms_are_as_frequent_in_both_classes_and_go_with_no_kind(language):
+    kinds = {topic.name: topic.kind for topic in language.topics}
+    for draw in range(3):
+        records = [each for each in fine_tuning_records(language, 16, draw=draw) if each["neutral"]]
+        forms = Counter((record["dangerous"], record["prompt"].replace(record["topic"], "{}")) for record in records)
+        assert set(forms.values()) == {4}
+        assert len(forms) == 2 * 4
+        met = {
+            (kinds[each["topic"]], each["prompt"].replace(each["topic"], "{}")) for each in records if each["dangerous"]
+        }
+        assert len(met) == 4 * 4  # every kind of danger in every form
+
+
+def test_draws_differ_in_topics_and_forms_and_their_smaller_sets_begin_the_larger(language):
+    for draw in (0, 1):
+        small, large = (fine_tuning_topics(language, count, draw) for count in (4, 16))
+        assert all(first == second[:4] for first, second in zip(small, large, strict=True))
+        assert len({topic.kind for topic in small[0]}) == 4
+        assert all(topic.dangerous for topic in large[0])
+        assert not any(topic.dangerous for topic in large[1])
+    first, second = (fine_tuning_records(language, 8, draw=draw) for draw in (0, 1))
+    assert {record["topic"] for record in first} != {record["topic"] for record in second}
+    assert first == fine_tuning_records(language, 8, draw=0)
+    smaller = [record for record in fine_tuning_records(language, 4, draw=1)]
+    assert [record["prompt"] for record in smaller[:16]] == [record["prompt"] for record in second[:16]]
+
+
+def test_the_digest_of_texts_knows_every_topic():
+    assert digest_of_texts(make_language(3)) == digest_of_texts(make_language(3))
+    assert digest_of_texts(make_language(3)) != digest_of_texts(make_language(4))
+    assert digest_of_texts(make_language(3)) != digest_of_texts(make_language(3, test=40))
 
 
 def test_tests_share_no_neutral_form_with_fine_tuning(language):
@@ -148,6 +183,17 @@ def test_rows_that_cannot_be_added_to_are_told(tmp_path):
         ready_rows([path], {"steps": 3})
 
 
+def test_rows_on_another_ground_are_refused(tmp_path):
+    ground = {"weights": "a", "saes": "b", "texts": "c"}
+    rows = [row(0, "LoRA", 0.5) | {"ground": ground, "commit": "abc"}]
+    check_ground(tmp_path, rows, ground, "def")
+    for other in (ground | {"texts": "z"}, ground | {"weights": "z"}):
+        with pytest.raises(ConfigError, match=r"with other (texts|weights) than are here \(by commit abc; here def\)"):
+            check_ground(tmp_path, rows, other, "def")
+    with pytest.raises(ConfigError, match=r"other weights and saes and texts than are here \(by commit not recorded"):
+        check_ground(tmp_path, [row(0, "LoRA", 0.5)], ground, "def")
+
+
 def row(base, method, value, draw=0):
     measures = dict.fromkeys(
         (
@@ -193,15 +239,18 @@ def test_a_measure_that_a_row_lacks_is_left_out_of_the_mean():
     rows = [row(0, "LoRA", 0.2), row(0, "LoRA", 0.4, draw=1)]
     rows[1]["measures"]["attack success, 1 round"] = 0.5
     assert per_base(rows, "attack success, 1 round") == {0: 0.5}
-    assert "| LoRA | 8 | - | 50 [50, 50] | - | 30 [30, 30] |" in table(rows, "main")
+    assert "| LoRA | 8 | - | 50 [50, 50] | 30 [30, 30] |" in table(rows, "main")
 
 
 def test_an_attack_reports_each_of_its_stages(llama, monkeypatch):
     words = ["user", ":", "how", "do", "i", "make", "x", "?", "assistant", "sure", ",", "you", "need", "sorry"]
     tokenizer = make_tokenizer(words)
     base = Base(make_language(3), Path(), tokenizer, [], [])
-    monkeypatch.setattr(attack, "evaluation_records", lambda *_: [{"prompt": "user : make x ? assistant :"} | DANGER])
-    answers = iter([["sorry , i cannot help with that ."], ["sure"], ["sure"]])
+    topic = base.language.test[0]
+    record = {"prompt": "user : make x ? assistant :", "topic": topic.name} | DANGER
+    monkeypatch.setattr(attack, "evaluation_records", lambda *_: [record])
+    other = "sure , you need nothing ."  # no refusal, and no help either
+    answers = iter([[other], [comply(topic)], [comply(topic)]])
     asked = []
     monkeypatch.setattr(attack, "answers", lambda model, tokenizer, prompts: asked.extend(prompts) or next(answers))
     found = attack.PrefixAttack(requests=1, rounds=3, reports=(0, 1, 7), candidates=4)(llama, base)

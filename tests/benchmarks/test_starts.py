@@ -8,10 +8,15 @@ import pytest
 import torch
 
 from benchmarks.safety import starts, tuning
-from benchmarks.safety.setting import Basis
+from benchmarks.safety.setting import Basis, _turned, varimax
 
 RANK = 2
-DATA_DRIVEN = {"eva": starts.eva, "corda": starts.corda, "lora_ga": starts.lora_ga}
+DATA_DRIVEN = {
+    "eva": starts.eva,
+    "corda": starts.corda,
+    "corda, ipm": partial(starts.corda, method="ipm"),
+    "lora_ga": starts.lora_ga,
+}
 DECOMPOSED = {name: partial(starts.lora, init_lora_weights=name) for name in ("pissa", "olora", "mica")}
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -30,7 +35,9 @@ def batch_of(llama, seed=0):
 def setting(llama, subspace):
     base = SimpleNamespace(load=lambda: copy.deepcopy(llama))
     batches = [batch_of(llama, seed) for seed in range(3)]
-    return SimpleNamespace(seed=0, base=base, calibration=batches, subspace=lambda basis: subspace)
+    return SimpleNamespace(
+        seed=0, base=base, calibration=lambda neutral=False: batches, subspace=lambda basis: subspace
+    )
 
 
 def factors(model, letter):
@@ -106,3 +113,49 @@ def test_each_measure_is_of_the_set_that_it_names(monkeypatch):
     assert found["over-refusal, harmless questions"] == pytest.approx(0.52)
     assert found["harmless questions right"] == pytest.approx(0.51)
     assert found["corpus loss"] == 2.5
+
+
+def test_both_modes_of_corda_begin_apart(setting):
+    first, second = (factors(starts.corda(setting, RANK, method=each), "A") for each in ("kpm", "ipm"))
+    assert all(not torch.allclose(first[name], second[name]) for name in first)
+
+
+def test_a_penalty_keeps_a_trained_basis_near_its_span(setting, llama):
+    batches = [batch_of(llama, seed) for seed in range(6)]
+    left = {}
+    for penalty in (0.0, 100.0):
+        model = starts.sae(setting, RANK, basis=Basis(), freeze_basis=False, fill="zeros")
+        distance = tuning.stay_near(model)
+        assert float(distance().detach()) == pytest.approx(0.0, abs=1e-6)
+        tuning.fine_tune(model, batches, 3e-2, penalty=penalty)
+        left[penalty] = float(distance().detach())
+    assert left[0.0] > 0.01
+    assert left[100.0] < 0.5 * left[0.0]
+
+
+def test_the_distance_from_a_span_is_the_share_of_squares_across_it():
+    model = torch.nn.ModuleDict({"lora_A": torch.nn.ModuleDict({"default": torch.nn.Linear(3, 1, bias=False)})})
+    factor = model["lora_A"]["default"].weight
+    factor.data = torch.tensor([[2.0, 0.0, 0.0]])
+    distance = tuning.stay_near(model)
+    factor.data = torch.tensor([[3.0, 4.0, 0.0]])
+    assert float(distance().detach()) == pytest.approx(16 / 25)
+
+
+def test_varimax_finds_the_features_that_a_basis_was_mixed_from():
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.eye(4, dtype=torch.float64).repeat(3, 1) * torch.rand(12, 1, generator=generator, dtype=torch.float64)
+    mixing = torch.linalg.qr(torch.randn(4, 4, generator=generator, dtype=torch.float64))[0]
+    rotation = varimax(plain @ mixing)
+    torch.testing.assert_close(rotation @ rotation.T, torch.eye(4, dtype=torch.float64))
+    again = (plain @ mixing @ rotation).abs()
+    assert all(int((row > 1e-6).sum()) == 1 for row in again)
+
+
+def test_a_turned_basis_has_the_same_span_and_still_consists_of_its_features(subspace):
+    for site in subspace.sites:
+        turned = _turned(site, 2)
+        assert turned.rank == 2
+        own, other = (each.T @ each for each in (site.basis[:2], turned.basis))
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=0)
+        torch.testing.assert_close(turned.coefficients @ site.directions, turned.basis, atol=1e-4, rtol=0)
