@@ -76,7 +76,7 @@ def table(rows: Rows, name: str) -> str:
 
 def _part(rows: Rows, name: str, columns: Sequence[str], about: Sequence[str]) -> str:
     heads = ["method", "topics", *about, *(_HEADS.get(column, column) for column in columns)]
-    lines = [_line(heads), "|---" * len(heads) + "|"]
+    lines = [line(heads), "|---" * len(heads) + "|"]
     for method, dangerous in (("base", 1), *((each.name, each.dangerous) for each in methods(name))):
         group = of_method(rows, method, dangerous)
         if not group:
@@ -88,7 +88,7 @@ def _part(rows: Rows, name: str, columns: Sequence[str], about: Sequence[str]) -
             steps = [row["seconds_per_step"] for row in group if "seconds_per_step" in row]
             cells += [f"{100 * trained[0]:.1f} %" if trained else "-", f"{1000 * min(steps):.0f}" if steps else "-"]
         cells += [_mean(group, column) for column in columns]
-        lines.append(_line(cells))
+        lines.append(line(cells))
     return "\n".join(lines)
 
 
@@ -97,17 +97,18 @@ def comparison(rows: Rows, name: str) -> str:
     columns = ("safety", OUT, OUT_HELP, "corpus loss")
     peers = [peer for peer in _PEERS if any(row["method"] == peer for row in rows)]
     heads = ["method", "topics", *(f"{_HEADS.get(each, each)}: minus {peer}" for each in columns for peer in peers)]
-    lines = [_line(heads), "|---" * len(heads) + "|"]
+    lines = [line(heads), "|---" * len(heads) + "|"]
     for method in methods(name):
         group = of_method(rows, method.name, method.dangerous)
         others = [of_method(rows, peer, method.dangerous) for peer in peers]
         if group and all(others):
             cells = [_cell(column, paired(group, other, column), "+") for column in columns for other in others]
-            lines.append(_line([method.name, str(method.dangerous), *cells]))
+            lines.append(line([method.name, str(method.dangerous), *cells]))
     return "\n".join(lines)
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
+    """A line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
@@ -119,9 +120,9 @@ def by_validation(rows: Rows, name: str, reference: str) -> str:
         for method in methods(name)
         if method.name != reference and (group := of_method(rows, method.name, method.dangerous))
     }
-    lines = [_line(["changed", f"validation score: minus {reference}"]), "|---|---|"]
+    lines = [line(["changed", f"validation score: minus {reference}"]), "|---|---|"]
     for changed, gap in sorted(found.items(), key=lambda item: -item[1]["mean"]):
-        lines.append(_line([changed, points(gap)]))
+        lines.append(line([changed, points(gap)]))
     return "\n".join(lines)
 
 

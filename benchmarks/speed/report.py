@@ -92,7 +92,7 @@ def _start() -> Iterator[Ratio]:
     path, found = read("speed/result-start-cpu.json")
     seconds = found.get("median_seconds", {})
     for ours in (name for name in seconds if name.startswith("sae_subspace")):
-        for peer in ("lora", "olora", "pissa, 16 iterations", "pissa", "eva", "corda"):
+        for peer in (name for name in seconds if not name.startswith("sae_subspace")):
             asked = 1 / found["asked"][peer] if peer in found["asked"] else None
             what = ours.replace("sae_subspace_frozen", "frozen").replace("sae_subspace", "SAE_SUBSPACE")
             yield Ratio("start", what, peer, seconds[ours] / seconds[peer], path, found["device"], asked)

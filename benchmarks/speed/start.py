@@ -5,12 +5,13 @@
 The layers are of Gemma-2-2B's shape, with random float32 weights, embeddings whose variance falls along the channels,
 and a small vocabulary. There are fewer blocks than
 the model's 26, as PiSSA's exact decompositions take up to half a minute for each; every way takes longer in proportion.
-r = 32 on q_proj and v_proj. EVA, CorDA and the statistics of our selection read the same batches of texts. EVA reads
-them as often as it needs to converge; as that takes minutes, it is timed once.
+r = 32 on q_proj and v_proj. EVA, CorDA, LoRA-GA and the statistics of our selection read the same batches of texts. EVA
+reads them as often as it needs to converge; as that takes minutes, it is timed once.
 
 - `sae_subspace` and `sae_subspace_frozen` inject a basis that was made before: what every run with it pays.
 - `sae_subspace, selection included` collects statistics of two SAEs of 16k features, selects, builds and injects: what
   is paid once per model and data.
+- `eva, precomputed` injects what EVA found before, as a basis is injected.
 
 All are run in turn in one process, in another order each time; the ratios are of medians.
 """
@@ -28,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
-from peft.tuners.lora.config import CordaConfig
+from peft import EvaConfig, LoraConfig, get_eva_state_dict, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from benchmarks.common import circumstances, make_subspace, timing_options
@@ -76,6 +78,7 @@ class Starts:
         size = Size(blocks, 2304, 8, with_sae, _FEATURES_PER_SAE, _L0 / _FEATURES_PER_SAE)
         self._saes = make_saes(self.model, size, self._batches[0], seed)
         self._subspace = make_subspace(self.model, with_sae, rank=_RANK, features=_FEATURES, seed=seed)
+        self._eva_state: dict[str, Any] = {}
         self.tokens = sum(int(batch.counted.sum()) for batch in self._batches)
 
     def _read(self, texts: Texts) -> list[Batch]:
@@ -93,7 +96,10 @@ class Starts:
                 model, LoraConfig(**_FIELDS, init_lora_weights="pissa_niter_16")
             ),
             "pissa": lambda model: get_peft_model(model, LoraConfig(**_FIELDS, init_lora_weights="pissa")),
+            "mica": lambda model: get_peft_model(model, LoraConfig(**_FIELDS, init_lora_weights="mica")),
             "eva": self._eva,
+            "eva, precomputed": self._eva_again,
+            "lora-ga": self._lora_ga,
             "corda": self._corda,
         }
 
@@ -111,9 +117,28 @@ class Starts:
     def _eva(self, model: Gemma2ForCausalLM) -> Any:
         config = LoraConfig(**_FIELDS, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-        data = [{"input_ids": batch.ids, "attention_mask": batch.attention} for batch in self._batches]
-        initialize_lora_eva_weights(adapted, data, show_progress_bar=False)
+        self._eva_state = get_eva_state_dict(adapted, self._data(), config, show_progress_bar=False)
+        initialize_lora_eva_weights(adapted, eva_state_dict=dict(self._eva_state), show_progress_bar=False)
         return adapted
+
+    def _eva_again(self, model: Gemma2ForCausalLM) -> Any:
+        config = LoraConfig(**_FIELDS, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+        initialize_lora_eva_weights(adapted, eva_state_dict=dict(self._eva_state), show_progress_bar=False)
+        return adapted
+
+    def _data(self) -> list[dict[str, torch.Tensor]]:
+        return [{"input_ids": batch.ids, "attention_mask": batch.attention} for batch in self._batches]
+
+    def _lora_ga(self, model: Gemma2ForCausalLM) -> Any:
+        config = LoraConfig(**_FIELDS, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig())
+
+        def step() -> None:
+            for data in self._data():
+                model(**data, labels=data["input_ids"]).loss.backward()
+
+        preprocess_loraga(model, config, train_step=step)
+        return get_peft_model(model, config)
 
     def _corda(self, model: Gemma2ForCausalLM) -> Any:
         config = LoraConfig(
@@ -145,18 +170,18 @@ def measure(blocks: int, repetitions: int, seed: int) -> dict[str, Any]:
     starts = Starts(blocks, seed)
     ways = starts.ways()
     times: dict[str, list[float]] = {name: [] for name in ways}
+    repeated = [name for name in ways if name not in _ONCE]
     order = random.Random(seed)
-    for repetition in range(-1, repetitions):  # the first round warms up
-        for name in order.sample(list(ways), len(ways)):
-            if name in _ONCE and repetition != 0:
-                continue
+    rounds = [(-1, list(_ONCE)), (-1, repeated), *((each, repeated) for each in range(repetitions))]
+    for repetition, names in rounds:  # the first round of all warms up
+        for name in order.sample(names, len(names)):
             model = copy.deepcopy(starts.model)  # some ways change the base's weights
             gc.collect()
             start = time.perf_counter()
             ways[name](model)
             seconds = time.perf_counter() - start
             del model
-            if repetition >= 0:
+            if repetition >= 0 or name in _ONCE:
                 times[name].append(seconds)
             print(repetition, name, round(seconds, 3), flush=True)
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -165,7 +190,11 @@ def measure(blocks: int, repetitions: int, seed: int) -> dict[str, Any]:
         "median_seconds": {name: round(value, 4) for name, value in medians.items()},
         "ratio_to_lora": {name: round(value / medians["lora"], 2) for name, value in medians.items()},
         "times_faster_than": {
-            name: {other: round(medians[other] / medians[name], 2) for other in ("olora", "pissa", "eva", "corda")}
+            name: {
+                other: round(medians[other] / medians[name], 2)
+                for other in ways
+                if not other.startswith("sae_subspace")
+            }
             for name in ways
             if name.startswith("sae_subspace")
         },
