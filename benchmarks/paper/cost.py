@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.judging import RUBRICS
 from benchmarks.paper.shapes import Shape, lora_parameters, shape_of
-from benchmarks.paper.specs import ClassifierJudgeSpec
+from benchmarks.paper.specs import ClassifierJudgeSpec, EstimateSpec
 from peft_sae.errors import ConfigError
 from peft_sae.jobs.dry_run import plan_job
 from peft_sae.training.settings import training_arguments
+from peft_sae.tuner import SaeSubspaceConfig
 
 _CHARACTERS_PER_TOKEN = 4  # of English, in the rubric
 _GCG_DEFAULTS = {"num_steps": 250, "search_width": 512}
@@ -70,11 +73,10 @@ def training_steps(experiment: Experiment, method: str) -> int:
 def _training(experiment: Experiment, shape: Shape) -> list[CostRow]:
     given, job = experiment.estimate, experiment.job
     rows: list[CostRow] = []
-    if job.select is not None and any(spec.kind == "sae_subspace" for spec in experiment.methods.values()):
-        tokens = 2 * given.train_examples * given.train_tokens  # chosen and rejected
-        speed = given.selection_tokens_per_second
-        hours = _hours(2 * shape.multiplied * tokens, given) if speed is None else tokens / speed / 3600
-        rows.append(CostRow("train", "Subspace: both answers read", tokens, hours))
+    if job.select is not None:
+        made = [name for name, spec in experiment.methods.items() if spec.kind == "sae_subspace"]
+        first = {experiment.subspace(name): name for name in reversed(made)}
+        rows += [_selecting(experiment, name, shape) for name in reversed(first.values())]
     for name, spec in experiment.methods.items():
         if spec.kind == "base":
             continue
@@ -92,6 +94,27 @@ def _training(experiment: Experiment, shape: Shape) -> list[CostRow]:
     return rows
 
 
+def _selecting(experiment: Experiment, method: str, shape: Shape) -> CostRow:
+    """What it costs to read the texts that a Subspace is chosen by."""
+    given, selection = experiment.estimate, experiment.selection(method)
+    if "preferences" in selection:
+        texts, length, what = 2 * given.train_examples, given.train_tokens, "Subspace: both answers read"
+    else:
+        texts = sum(_records(selection.get(name), given) for name in ("aligned", "unaligned"))
+        length, what = given.prompt_tokens, f"Subspace of {method}: {texts:,} requests read"
+    tokens, speed = texts * length, given.selection_tokens_per_second
+    hours = _hours(2 * shape.multiplied * tokens, given) if speed is None else tokens / speed / 3600
+    return CostRow("train", what, tokens, hours)
+
+
+def _records(source: Any, given: EstimateSpec) -> int:
+    """How many texts a source has; of what is not here, as many as there are training examples."""
+    if isinstance(source, str) and Path(source).is_file():
+        with Path(source).open("rb") as file:
+            return sum(1 for _ in file)
+    return given.train_examples
+
+
 def _training_bytes(experiment: Experiment, method: str, shape: Shape) -> tuple[float, float | None]:
     """Bytes on the disk, where a new checkpoint lies beside the old one for a while, and on the GPU."""
     spec, job = experiment.methods[method], experiment.adapted_job(method)
@@ -103,8 +126,11 @@ def _training_bytes(experiment: Experiment, method: str, shape: Shape) -> tuple[
         return 2 * (weights + optimizer), 2 * weights + optimizer
     if spec.kind == "lora":
         trained = lora_parameters(experiment.job, job.adapter)[0]
-        return trained * _ADAPTER_BYTES, None
-    plan = plan_job(replace(job, select=experiment.job.select))
+        # As much memory as a basis of the same rank that is trained, too.
+        known = {entry.name for entry in fields(SaeSubspaceConfig)} & {entry.name for entry in fields(LoraConfig)}
+        same = {key: value for key, value in job.adapter.items() if key in known}
+        return trained * _ADAPTER_BYTES, plan_job(replace(job, select=experiment.job.select, adapter=same)).memory.total
+    plan = plan_job(replace(job, select=experiment.selection(method)))
     return plan.trained * _ADAPTER_BYTES, plan.memory.total
 
 
@@ -185,7 +211,9 @@ def cost_table(experiment: Experiment, rows: Sequence[CostRow]) -> str:
             f"| {row.stage} | {row.what} | {row.tokens / 1e6:,.2f} | {row.gpu_hours:,.2f} | {row.price:,.2f} | "
             f"{row.disk / 1e9:,.2f} | {memory} |"
         )
-    notes = (
+    given = experiment.estimate
+    price = f"{len(experiment.methods)} methods; an hour of a GPU costs {given.gpu_price:g} {currency}. "
+    notes = price + (
         "Reckoned with the assumptions under `estimate`; nothing was loaded or fetched. Memory is without the loss, "
         "and for full fine-tuning without activations, too. Base model, SAEs and data sets come on top of the disk."
     )

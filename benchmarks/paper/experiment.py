@@ -18,10 +18,11 @@ from benchmarks.paper.specs import (
     OpenAIJudgeSpec,
     SetSpec,
 )
-from peft_sae.errors import suggest
+from peft_sae.errors import ConfigError, suggest
 from peft_sae.jobs import TrainingJob, read_job
 from peft_sae.jobs.data import source_problems
 from peft_sae.jobs.fields import field_problems, raise_all, read_values
+from peft_sae.jobs.selection import SelectionJob
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Experiment:
         return replace(
             self.job,
             output=str(folder / "adapter"),
-            subspace=str(self.output / "subspace"),
+            subspace=str(self.subspace(method)),
             select=None,
             report=str(folder / "report.html") if spec.kind == "sae_subspace" else None,
             merged=None,
@@ -71,6 +72,19 @@ class Experiment:
             training={"seed": self.seed, **self.job.training, **spec.training},
             dtype=spec.dtype or self.job.dtype,
         )
+
+    def selection(self, method: str) -> dict[str, Any]:
+        """Return what a method's Subspace is made by: the job's section `select` with the method's changes."""
+        given = {**(self.job.select or {}), **self.methods[method].select}
+        return {key: value for key, value in given.items() if value is not None}
+
+    def subspace(self, method: str) -> Path:
+        """Return where a method's Subspace is: the job's at the top, others with the first method that has the same."""
+        selection = self.selection(method)
+        if all(selection.get(key) == (self.job.select or {}).get(key) for key in self.methods[method].select):
+            return self.output / "subspace"
+        first = next(name for name in self.methods if self.selection(name) == selection)
+        return self.method_folder(first) / "subspace"
 
     def method_folder(self, method: str) -> Path:
         """Return where a method's files are."""
@@ -233,6 +247,7 @@ def _method_problems(found: Experiment, path: Path) -> list[str]:
             if key not in known
         ]
         problems += [f"methods.{name}: {text}" for text in wrong_arguments(found.job.method, spec.training)]
+        problems += _selection_problems(found, name)
         if spec.kind == "base" and (spec.training or spec.dtype):
             problems.append(f"methods.{name} is the base, which is not trained. Remove what it says of training.")
         if spec.kind == "full" and (found.job.bits is not None or found.job.method != "sft"):
@@ -246,3 +261,18 @@ def _method_problems(found: Experiment, path: Path) -> list[str]:
     if found.job.select is None and any(spec.kind == "sae_subspace" for spec in found.methods.values()):
         problems.append(f"The job of '{path}' has no section 'select', which makes the Subspace. Add it to the job.")
     return problems
+
+
+def _selection_problems(found: Experiment, name: str) -> list[str]:
+    spec, known = found.methods[name], {entry.name for entry in fields(SelectionJob)}
+    unknown = [str(key) for key in spec.select if key not in known]
+    if spec.select and spec.kind != "sae_subspace":
+        return [f"methods.{name}.select: a method of the kind {spec.kind!r} has no Subspace. Remove it."]
+    if unknown:
+        return [f"methods.{name}.select.{key}: there is no such field.{suggest(key, known)}" for key in unknown]
+    try:
+        if spec.select:
+            replace(found.job, select=found.selection(name)).selection()
+    except (ConfigError, TypeError) as error:
+        return [f"methods.{name}.select: {error}"]
+    return []

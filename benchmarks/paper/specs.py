@@ -17,12 +17,15 @@ class MethodSpec:
         kind: `base` (not trained), `full` (all weights), `lora` or `sae_subspace`.
         adapter: fields that take the place of those under `adapter` in the job.
         training: likewise of those under `training`.
+        select: likewise of those under `select`, for a Subspace of its own; null removes one. Methods with the same
+            ones share a Subspace.
         dtype: dtype that the weights are trained in, instead of the job's.
     """
 
     kind: Kind
     adapter: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    select: Mapping[str, Any] = field(default_factory=dict)
     dtype: str | None = None
 
 

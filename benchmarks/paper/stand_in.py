@@ -62,7 +62,7 @@ def stand_in(experiment: Experiment) -> Iterator[Experiment]:
             output=output,
             stand_in=True,
             job=_job(experiment.job, world),
-            methods={name: _method(spec) for name, spec in experiment.methods.items()},
+            methods={name: _method(spec, world) for name, spec in experiment.methods.items()},
             sets={name: _set(name, spec, world) for name, spec in experiment.sets.items()},
             generation=replace(
                 experiment.generation, max_new_tokens=6, batch_size=4, dtype=None, device="cpu", max_prompt_tokens=400
@@ -79,13 +79,13 @@ def _describe(experiment: Experiment) -> str:
     labels = list(experiment.judge.labels) if isinstance(experiment.judge, ClassifierJudgeSpec) else None
     tasks = None if experiment.capability is None else list(experiment.capability.tasks)
     family = (experiment.job.architecture or {}).get("model_type")
-    return json.dumps([experiment.seed, family, columns, labels, tasks])
+    return json.dumps(["requests", experiment.seed, family, columns, labels, tasks])
 
 
 def _job(job: TrainingJob, world: Path) -> TrainingJob:
     preferences = str(world / "hh-rlhf.jsonl")
     given: dict[str, Any] = {"saes": str(world / "saes"), "ids": (), "layers": (), "top_k": _RANK, "batch_size": 4}
-    select = {**(job.select or {}), **given, "preferences": preferences, "max_length": _LENGTH}
+    select = {**_select(job.select or {}, world), **given, "max_length": _LENGTH}
     return replace(
         job,
         model=str(world / "model"),
@@ -103,6 +103,13 @@ def _job(job: TrainingJob, world: Path) -> TrainingJob:
     )
 
 
+def _select(select: Mapping[str, Any], world: Path) -> dict[str, Any]:
+    """The same fields with data of the stand-in's, and no more features than it has ranks."""
+    places = {"preferences": "hh-rlhf.jsonl", "aligned": "dangerous.jsonl", "unaligned": "harmless.jsonl"}
+    found = {key: str(world / places[key]) if key in places and value else value for key, value in select.items()}
+    return {key: min(_RANK, value) if key == "top_k" else value for key, value in found.items()}
+
+
 def _adapter(adapter: Mapping[str, Any]) -> dict[str, Any]:
     return {key: min(_RANK, value) if key == "r" and value != "auto" else value for key, value in adapter.items()}
 
@@ -111,9 +118,9 @@ def _training(training: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in training.items() if key not in _DROPPED} | _TRAINING
 
 
-def _method(spec: MethodSpec) -> MethodSpec:
+def _method(spec: MethodSpec, world: Path) -> MethodSpec:
     kept = {key: value for key, value in spec.training.items() if key not in (*_DROPPED, *_TRAINING)}
-    return replace(spec, adapter=_adapter(spec.adapter), training=kept, dtype=None)
+    return replace(spec, adapter=_adapter(spec.adapter), training=kept, select=_select(spec.select, world), dtype=None)
 
 
 def _set(name: str, spec: SetSpec, world: Path) -> SetSpec:
@@ -150,6 +157,9 @@ def _write_world(experiment: Experiment, folder: Path, place: Path) -> None:
     dialogues = [_dialogue(rng) for _ in range(24)]
     _write_lines(folder / "hh-rlhf.jsonl", dialogues)
     _write_lines(folder / "hh-rlhf-test.jsonl", [_dialogue(rng) for _ in range(12)])
+    for name, thing in (("dangerous", "a bomb"), ("harmless", "a kite")):
+        requests = [f"\n\nHuman: How do I {verb} {thing}?\n\nAssistant:" for verb in _VERBS]
+        _write_lines(folder / f"{name}.jsonl", [{"text": request} for request in requests])
     (folder / "hex-phi").mkdir()
     for category in range(1, 12):
         (folder / "hex-phi" / f"category_{category}.csv").write_text(f'"{_request(rng)}, number {category}"\n')

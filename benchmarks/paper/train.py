@@ -37,7 +37,7 @@ class NotTrainedError(ConfigError):
 def train(experiment: Experiment, method: str, *, progress: bool) -> None:
     """Train a method, unless that was done. A training that was stopped goes on.
 
-    The first SAE_SUBSPACE method also makes the Subspace, which the others share.
+    The first SAE_SUBSPACE method of a selection also makes the Subspace, which the others with it share.
 
     Raises:
         ConfigError: the folder holds a training with other settings.
@@ -53,12 +53,13 @@ def train(experiment: Experiment, method: str, *, progress: bool) -> None:
     elif _read_record(begun, made_with) is None:
         raise ConfigError(f"'{job.output}' is there, and no record says how it was made. Remove it to train anew.")
     if not _is_complete(job):
-        _train(experiment, job, spec.kind, progress)
+        _train(experiment, method, job, progress)
     finish(f"{job.output}.checkpoints", job.training)
     digest_of.cache_clear()
-    if spec.kind == "sae_subspace" and not (experiment.output / _SUBSPACE_RECORD).is_file():
+    subspace_record = experiment.subspace(method).with_name(_SUBSPACE_RECORD)
+    if spec.kind == "sae_subspace" and not subspace_record.is_file():
         identity = digest_of(job.subspace_source)
-        _write_record(experiment.output / _SUBSPACE_RECORD, _selection(experiment), identity=identity)
+        _write_record(subspace_record, _selection(experiment, method), identity=identity)
     trained, total = _parameters(experiment, job, spec.kind)
     minutes = round((time.monotonic() - start) / 60, 2)
     _write_record(record, made_with, identity=digest_of(job.output), trained=trained, total=total, minutes=minutes)
@@ -70,18 +71,25 @@ def _is_complete(job: TrainingJob) -> bool:
     return holds_something(job.output) and not Path(f"{job.output}.checkpoints", "request.json").is_file()
 
 
-def _train(experiment: Experiment, job: TrainingJob, kind: str, progress: bool) -> None:
+def _train(experiment: Experiment, method: str, job: TrainingJob, progress: bool) -> None:
+    kind = experiment.methods[method].kind
     if kind != "sae_subspace":
         _train_plain(job, kind, progress)
         return
-    known = _read_record(experiment.output / _SUBSPACE_RECORD, _selection(experiment))
-    run_job(job if known else replace(job, select=experiment.job.select), progress=progress)
+    subspace_record = experiment.subspace(method).with_name(_SUBSPACE_RECORD)
+    known = _read_record(subspace_record, _selection(experiment, method))
+    run_job(job if known else replace(job, select=experiment.selection(method)), progress=progress)
 
 
-def _selection(experiment: Experiment) -> dict[str, Any]:
+def _selection(experiment: Experiment, method: str) -> dict[str, Any]:
     """What the Subspace depends on."""
     job = experiment.job
-    return {"select": dict(job.select or {}), "model": job.model, "base": digest_of(job.model), "dtype": job.dtype}
+    return {
+        "select": experiment.selection(method),
+        "model": job.model,
+        "base": digest_of(job.model),
+        "dtype": job.dtype,
+    }
 
 
 def _train_plain(job: TrainingJob, kind: str, progress: bool) -> None:
@@ -122,7 +130,7 @@ def _description(experiment: Experiment, method: str) -> dict[str, Any]:
     if spec.kind == "full":
         found.pop("adapter")
     if spec.kind == "sae_subspace":
-        found["select"] = dict(experiment.job.select or {})
+        found["select"] = experiment.selection(method)
     return {"kind": spec.kind, **found}
 
 

@@ -51,17 +51,19 @@ def test_training(gemma, rows):
     assert full.disk == PARAMETERS * 4 * 3 * 2
     assert rows["train sae-subspace: 5,025 steps"].disk == lora.disk
     assert full.memory == 16 * PARAMETERS  # float32: weights, gradients, two moments
+    assert rows["train Subspace of sae-requests-frozen: 80 requests read"].tokens == 80 * 40
+    assert lora.memory == rows["train sae-subspace: 5,025 steps"].memory
     both = rows["train Subspace: both answers read"]
     assert (both.tokens, both.gpu_hours) == (2 * tokens, pytest.approx(2 * tokens / 19000 / 3600))
 
 
 def test_answers_and_judge(rows):
-    answers = 5 * (1000 + 300 + 250)
-    made = rows["generate 7,750 answers"]
+    answers = 8 * (1000 + 300 + 250)
+    made = rows["generate 12,400 answers"]
     assert made.tokens == answers * (40 + 120)
     assert made.gpu_hours == pytest.approx((2 * MULTIPLIED * answers * 40 / 1.9e14 + answers * 120 / 2000) / 3600)
-    judged = rows["judge hex-phi: 1,500 answers"]
-    read, written = 1500 * (len(RUBRICS["harmful"]) / 4 + 40 + 120), 1500 * 40
+    judged = rows["judge hex-phi: 2,400 answers"]
+    read, written = 2400 * (len(RUBRICS["harmful"]) / 4 + 40 + 120), 2400 * 40
     assert judged.tokens == read + written
     assert judged.price == pytest.approx((read * 0.4 + written * 1.6) / 1e6)
     assert judged.gpu_hours == 0
@@ -69,12 +71,12 @@ def test_answers_and_judge(rows):
 
 def test_attack_and_capability(rows):
     length = 40 + 20 + 8
-    found = rows["attack GCG: 250 suffixes"]
-    assert found.tokens == 250 * 250 * 256 * length
-    flops = 2 * MULTIPLIED * found.tokens + 4 * MULTIPLIED * 250 * 250 * length
+    found = rows["attack GCG: 400 suffixes"]
+    assert found.tokens == 400 * 250 * 256 * length
+    flops = 2 * MULTIPLIED * found.tokens + 4 * MULTIPLIED * 400 * 250 * length
     assert found.gpu_hours == pytest.approx(flops / 1.9e14 / 3600)
-    assert rows["attack attacked: 250 answers"].price > 0
-    assert rows["capability 5 tasks"].gpu_hours == pytest.approx(2 * MULTIPLIED * 5 * 9e6 / 1.9e14 / 3600)
+    assert rows["attack attacked: 400 answers"].price > 0
+    assert rows["capability 5 tasks"].gpu_hours == pytest.approx(2 * MULTIPLIED * 8 * 9e6 / 1.9e14 / 3600)
 
 
 def test_the_table_adds_up(gemma, rows):

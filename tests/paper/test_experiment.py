@@ -16,7 +16,7 @@ def test_shipped_files_are_the_published_experiment(path):
     found = read_experiment(path)
     assert found.job.model.split("/")[-1].lower() == path.stem
     assert {spec.kind for spec in found.methods.values()} == {"base", "full", "lora", "sae_subspace"}
-    frozen = [found.adapted_job(name).adapter.get("freeze_basis", False) for name in list(found.methods)[3:]]
+    frozen = [found.adapted_job(name).adapter.get("freeze_basis", False) for name in list(found.methods)[3:5]]
     assert frozen == [False, True]
     batches = {
         tuple(found.adapted_job(name).training.get(key) for key in ("num_train_epochs", "gradient_accumulation_steps"))
@@ -52,6 +52,22 @@ def test_names_and_places_come_from_the_file(tmp_path):
     assert (job.merged, job.select, job.subspace) == (None, None, "outputs/paper/mine/subspace")
 
 
+def test_methods_of_one_selection_share_a_subspace(tmp_path):
+    by_requests = {
+        "kind": "sae_subspace",
+        "select": {"preferences": None, "aligned": "a.jsonl", "unaligned": "b.jsonl"},
+    }
+    more = {"first": by_requests, "second": by_requests, "third": {"kind": "sae_subspace", "select": {"top_k": 9}}}
+    more["fourth"] = {"kind": "sae_subspace", "select": {"variance": 0.8}}  # as the job has it
+    found = read_experiment(write(tmp_path, lambda data: data["methods"].update(more)))
+    folders = {name: str(found.subspace(name).relative_to(found.output)) for name in found.methods}
+    assert folders["first"] == folders["second"] == "methods/first/subspace"
+    assert folders["third"] == "methods/third/subspace"
+    assert folders["fourth"] == folders["sae-subspace"] == "subspace"
+    assert "preferences" not in found.selection("first")
+    assert found.selection("third")["preferences"] == "Anthropic/hh-rlhf"
+
+
 def test_a_classifier_is_a_judge_too(tmp_path):
     judge = {"kind": "classifier", "model": "some/one", "labels": {"safe": 1, "unsafe": 5}}
     found = read_experiment(write(tmp_path, lambda data: data.update(judge=judge)))
@@ -72,6 +88,12 @@ def setter(*keys, to):
     ("change", "message"),
     [
         (setter("metods", to={}), "unknown key 'metods'.*Did you mean 'methods'"),
+        (setter("methods", "lora", "select", to={"top_k": 3}), r"methods\.lora\.select.*has no Subspace"),
+        (setter("methods", "sae-subspace", "select", to={"topk": 3}), r"methods\.sae-subspace\.select\.topk.*'top_k'"),
+        (
+            setter("methods", "sae-subspace", "select", to={"aligned": "a.txt"}),
+            r"sae-subspace\.select: It takes two sets",
+        ),
         (setter("methods", "lora", "adaptor", to={}), r"'methods\.lora\.adaptor'.*Did you mean 'adapter'"),
         (setter("methods", "lora", "adapter", to={"rank": 3}), r"methods\.lora\.adapter\.rank.*no such field"),
         (setter("methods", "lora", "adapter", to={"freeze_basis": True}), r"adapter\.freeze_basis.*no such field"),

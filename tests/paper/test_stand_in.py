@@ -25,7 +25,10 @@ from tests.paper.conftest import FOLDER, estimate_of
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing[a-z_]*` is deprecated:FutureWarning"),
 ]
-METHODS = ["base", "full", "lora", "sae-subspace", "sae-subspace-frozen"]
+METHODS = [
+    *("base", "full", "lora", "sae-subspace", "sae-subspace-frozen"),
+    *("lora-reads", "sae-requests-frozen", "mean-difference-frozen"),
+]
 
 
 def call(capsys, *arguments):
@@ -80,7 +83,7 @@ def test_shares_of_trained_parameters(result, done):
     assert sum(weight.numel() for weight in weights.values()) == found["lora"]["trained"]
 
 
-def test_all_methods_share_a_subspace_and_differ_from_the_base(done):
+def test_methods_of_a_selection_share_a_subspace_and_all_differ_from_the_base(done):
     shared = Subspace.from_pretrained(done / "subspace")
     for name in ("sae-subspace", "sae-subspace-frozen"):
         folder = done / "methods" / name
@@ -91,8 +94,23 @@ def test_all_methods_share_a_subspace_and_differ_from_the_base(done):
     assert all(not torch.equal(after[name], weight) for name, weight in before.items() if "proj" in name)
     assert (
         len({json.loads((done / "methods" / name / "trained.json").read_text())["identity"] for name in METHODS[1:]})
-        == 4
+        == len(METHODS) - 1
     )
+
+
+def test_methods_of_another_selection_have_a_subspace_of_their_own(done):
+    by_answers = Subspace.from_pretrained(done / "subspace")
+    own = {name: Subspace.from_pretrained(done / "methods" / name / "subspace") for name in METHODS[-2:]}
+    for name, subspace in own.items():
+        adapter = done / "methods" / name / "adapter"
+        assert Subspace.from_pretrained(adapter / "subspace").digest == subspace.digest != by_answers.digest
+        record = json.loads((done / "methods" / name / "subspace.json").read_text())
+        assert record["made_with"]["select"]["aligned"].endswith("dangerous.jsonl")
+        assert "preferences" not in record["made_with"]["select"]
+        config = json.loads((adapter / "adapter_config.json").read_text())
+        assert config["freeze_basis"]
+    assert own[METHODS[-1]].settings["control"] == "mean_difference"
+    assert own[METHODS[-1]].digest != own[METHODS[-2]].digest
 
 
 def test_the_judges_faults_are_in_the_table(result, done):
