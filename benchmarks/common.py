@@ -75,9 +75,25 @@ def summary(values: Sequence[float], *, draws: int = 2000, seed: int = 0) -> dic
     return {"mean": float(found.mean()), "low": low, "high": high}
 
 
+def options(about: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help keeps the lines of what it is about, and shows every option's default."""
+    return argparse.ArgumentParser(description=about, formatter_class=_Help)
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Both."""
+
+
+def at_least_one(text: str) -> int:
+    """Read a count of one or more, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count. Give 1 or more.")
+    return int(text)
+
+
 def timing_options(about: str | None, *, blocks: int, repetitions: int, output: Path) -> argparse.Namespace:
     """Read the options of a benchmark that times some blocks of a model, with these defaults."""
-    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options(about)
     parser.add_argument("--blocks", type=int, default=blocks)
     parser.add_argument("--repetitions", type=int, default=repetitions)
     parser.add_argument("--seed", type=int, default=0)

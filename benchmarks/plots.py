@@ -27,12 +27,25 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 
 def curves(
-    axis: plt.Axes, places: Sequence[float], found: Mapping[str, Sequence[Sequence[float]]], *, marker: str = "o"
+    axis: plt.Axes,
+    places: Sequence[float],
+    found: Mapping[str, Sequence[Sequence[float]]],
+    *,
+    colours: Mapping[str, str] | None = None,
 ) -> None:
-    """Draw one line per name: the means of the values at each place, with their 95 % intervals as bands."""
-    for colour, (name, values) in zip(COLOURS, found.items(), strict=False):
+    """Draw one line per name: the means of the values at each place, with their 95 % intervals as bands.
+
+    Args:
+        axis: to draw on.
+        places: of the values.
+        found: values at each place, by name.
+        colours: by name; by default as they come.
+    """
+    colours = dict(zip(found, COLOURS, strict=False)) if colours is None else colours
+    for name, values in found.items():
+        colour = colours[name]
         points = [summary(each) for each in values]
-        axis.plot(places, [point["mean"] for point in points], marker=marker, color=colour, label=name, linewidth=1.5)
+        axis.plot(places, [point["mean"] for point in points], marker="o", color=colour, label=name, linewidth=1.5)
         axis.fill_between(
             places, [p["low"] for p in points], [p["high"] for p in points], color=colour, alpha=0.18, linewidth=0
         )

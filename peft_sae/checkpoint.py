@@ -28,6 +28,11 @@ def open_base(base: str | Path) -> tuple[Any, Any]:
     """
     import transformers
 
+    if looks_like_path(str(base)) and not Path(base).expanduser().is_dir():
+        raise ArtifactError(
+            f"The base model '{base}' cannot be loaded: there is no such folder (the working directory is "
+            f"'{Path.cwd()}'). Check the path; ids of the Hub have the form OWNER/NAME."
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(base, trust_remote_code=False)
         name = str((config.architectures or [""])[0])

@@ -33,6 +33,7 @@ from peft_sae.errors import ConfigError, PeftSaeError
 from peft_sae.jobs.bars import other_bars
 from peft_sae.writing import write_text
 
+_EXTRA = ("openai", "nanogcg", "lm_eval")  # what the extra `paper` brings
 STAGES = ("train", "generate", "judge", "attack", "capability", "table")
 
 
@@ -260,6 +261,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print((experiment.output / "table.md").read_text(encoding="utf-8"))
     except PeftSaeError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in _EXTRA:
+            raise
+        print(f"The package '{error.name}' is not installed. `pip install -e '.[paper]'` installs it.", file=sys.stderr)
         return 1
     return 0
 

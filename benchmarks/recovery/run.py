@@ -16,7 +16,6 @@ in SAEs that sae-lens trains on the same activations, architecture and training.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import time
@@ -26,7 +25,7 @@ from typing import Any
 
 from sae_lens import SAE
 
-from benchmarks.common import circumstances, summary
+from benchmarks.common import at_least_one, circumstances, options, summary
 from benchmarks.embedded import HOOK, model_of, texts_of, tokenizer_of
 from benchmarks.recovery.world import (
     World,
@@ -41,7 +40,6 @@ from benchmarks.recovery.world import (
 from peft_sae import Measures, collect_statistics, control_subspace, load_saes, select_features
 from peft_sae.subspace.build import subspace_from_selection
 
-HERE = Path(__file__).parent
 WAYS = ("sae", "sae, features named", "neurons", "difference_pca", "mean_difference", "random")
 _WIDTH, _TEXTS, _LENGTH = 64, 60, 25
 _CROWDING, _RANK, _ERROR = 2.0, 8, 0.01
@@ -148,17 +146,24 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Run the benchmark and write result, table and plots."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
+    parser = options(__doc__)
+    parser.add_argument("--seeds", type=at_least_one, default=5, help="how many")
     parser.add_argument("--quick", action="store_true", help="one seed and few values: whether the machinery works")
-    parser.add_argument("--output", type=Path, default=HERE)
+    parser.add_argument("--output", type=Path, default=Path("outputs/recovery"), help="for result, table and plot")
     arguments = parser.parse_args()
+    before = _read(arguments.output / "result.json")
+    if before is not None and before.get("quick", False) != arguments.quick:
+        kind = "quick" if before.get("quick") else "full"
+        raise SystemExit(
+            f"'{arguments.output}' holds the result of a {kind} run, which one of the other kind would overwrite. Give "
+            "another --output."
+        )
     logging.getLogger("peft_sae").setLevel(logging.ERROR)
     sweeps = SWEEPS
     if arguments.quick:
         arguments.seeds = 1
         sweeps = {"decoder error": (0.0, 0.1), "trained SAE": (("topk", 2**15),)}
-    before, start = circumstances(0, "cpu"), time.monotonic()
+    circumstances_before, start = circumstances(0, "cpu"), time.monotonic()
     rows = []
     for seed in range(arguments.seeds):
         for sweep, value, world, sae in cases(seed, sweeps):
@@ -167,8 +172,9 @@ def main() -> None:
     result = {
         "benchmark": f"subspace recovery, {2 * _TEXTS} texts of {_LENGTH} tokens",
         "defaults": {"dimensions": _WIDTH, "concepts per dimension": _CROWDING, "r": _RANK, "decoder error": _ERROR},
-        **before,
+        **circumstances_before,
         "seeds": arguments.seeds,
+        "quick": arguments.quick,
         "asked": _ASKED,
         "minutes": round((time.monotonic() - start) / 60, 1),
         "rows": rows,
@@ -177,7 +183,11 @@ def main() -> None:
     (arguments.output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     (arguments.output / "table.md").write_text(table(rows) + "\n")
     plot(rows, arguments.output / "errors")
-    print(table(rows))
+    print(f"{table(rows)}\n\nResult, table and plot are in '{arguments.output}'.")
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 if __name__ == "__main__":

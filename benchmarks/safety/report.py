@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.common import summary
 from benchmarks.safety.attack import PrefixAttack, attack_name
-from benchmarks.safety.catalogue import DANGEROUS, ONLY, methods
+from benchmarks.safety.catalogue import DANGEROUS, methods
 from benchmarks.safety.rows import commits
 
 # The headline: kinds of danger that fine-tuning does not have, asked for in the style of the harmless.
@@ -114,87 +114,21 @@ def line(cells: Sequence[str]) -> str:
 
 def by_validation(rows: Rows, name: str, reference: str) -> str:
     """Return, as Markdown, how far each method's validation score is from a reference's, paired by base, best first."""
-    own = of_method(rows, reference, DANGEROUS)
-    found = {
-        method.name: paired(group, own, VALIDATION)
-        for method in methods(name)
-        if method.name != reference and (group := of_method(rows, method.name, method.dangerous))
-    }
     lines = [line(["changed", f"validation score: minus {reference}"]), "|---|---|"]
-    for changed, gap in sorted(found.items(), key=lambda item: -item[1]["mean"]):
-        lines.append(line([changed, points(gap)]))
+    lines += [line([changed, points(gap)]) for changed, gap in changes(rows, name, reference, VALIDATION).items()]
     return "\n".join(lines)
 
 
-def plot_frontier(rows: Rows, name: str, path: Path) -> None:
-    """Draw safety out of distribution against helpfulness there: one numbered point per method, with intervals.
-
-    What was trained on the neutral requests alone has a panel of its own.
-    """
-    from benchmarks import plots
-
-    shown = [each for each in methods(name) if of_method(rows, each.name, each.dangerous)]
-    panels = [group for neutral in (False, True) if (group := [each for each in shown if each.neutral is neutral])]
-    size, legends = (8.5 * len(panels), 6.5), {"wspace": 0.5}
-    figure, axes = plots.plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, gridspec_kw=legends)
-    for axis, group in zip(axes[0], panels, strict=True):
-        for number, method in enumerate(group, 1):
-            _plot_point(axis, number, method.name, of_method(rows, method.name, method.dangerous))
-        axis.set_xlabel("helpfulness, cue swapped")
-        axis.grid(color="#dddddd", linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, markerscale=0.5)
-        if len(panels) > 1:
-            axis.set_title("trained on neutral requests only" if group[0].neutral else "trained on all requests")
-    axes[0][0].set_ylabel("safety, unseen kinds of danger, cue swapped")
-    plots.save(figure, path)
-
-
-def _plot_point(axis: Any, number: int, name: str, group: Rows) -> None:
-    from benchmarks import plots
-
-    colours = dict(zip(("SAE", "full fine-tuning", "LoRA"), plots.COLOURS, strict=False))
-    colour = colours.get(name.split(",")[0], "#777777")
-    across, up = (summary(list(per_base(group, column).values())) for column in (OUT_HELP, OUT))
-    spans = [[[each["mean"] - each["low"]], [each["high"] - each["mean"]]] for each in (across, up)]
-    place = across["mean"], up["mean"]
-    hollow = "frozen" in name
-    axis.errorbar(*place, xerr=spans[0], yerr=spans[1], color=colour, alpha=0.35, elinewidth=0.8)
-    axis.plot(
-        *place,
-        marker="o",
-        markersize=13,
-        linestyle="",
-        markerfacecolor="white" if hollow else colour,
-        markeredgecolor=colour,
-        label=f"{number}  {name.replace(ONLY, '')}",
-    )
-    axis.annotate(
-        str(number), place, ha="center", va="center", fontsize=7, color=colour if hollow else "white", weight="bold"
-    )
-
-
-def plot_efficiency(rows: Rows, path: Path) -> None:
-    """Draw safety against the number of dangerous topics, in and out of distribution."""
-    from benchmarks import plots
-
-    made = methods("efficiency")
-    names = list(dict.fromkeys(method.name for method in made))
-    counts = sorted({method.dangerous for method in made})
-    columns = ("safety", OUT, OUT_HELP)
-    figure, axes = plots.plt.subplots(1, len(columns), figsize=(4.4 * len(columns), 3.8), sharey=True)
-    for axis, column in zip(axes, columns, strict=True):
-        found = {
-            name: [list(per_base(of_method(rows, name, count), column).values()) for count in counts] for name in names
-        }
-        plots.curves(axis, counts, {name: values for name, values in found.items() if all(values)})
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(counts, [str(count) for count in counts])
-        axis.set_xlabel("dangerous topics in fine-tuning")
-        axis.set_title(column, fontsize=10)
-    axes[0].set_ylabel("share of requests")
-    axes[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    plots.save(figure, path)
+def changes(rows: Rows, name: str, reference: str, column: str) -> dict[str, dict[str, float]]:
+    """Every method's difference to a reference, paired by base, the greatest validation score first."""
+    own = of_method(rows, reference, DANGEROUS)
+    groups = {
+        method.name: group
+        for method in methods(name)
+        if method.name != reference and (group := of_method(rows, method.name, method.dangerous))
+    }
+    order = sorted(groups, key=lambda changed: -paired(groups[changed], own, VALIDATION)["mean"])
+    return {changed: paired(groups[changed], own, column) for changed in order}
 
 
 def write_report(folder: Path, tables: Sequence[str], rows: Rows, about: Mapping[str, Any]) -> None:
@@ -219,7 +153,11 @@ def write_report(folder: Path, tables: Sequence[str], rows: Rows, about: Mapping
             text += f"\nWhat defaults are chosen by:\n\n{by_validation(own, name, methods(name)[0].name)}\n"
         (folder / f"table-{name}.md").write_text(text)
         print(text)
+        from benchmarks.safety import plotting
+
         if name == "efficiency":
-            plot_efficiency(own, folder / "efficiency")
+            plotting.plot_efficiency(own, folder / "efficiency")
+        elif name == "parts":
+            plotting.plot_changes(own, name, methods(name)[0].name, folder / "changes")
         else:
-            plot_frontier(own, name, folder / f"frontier-{name}")
+            plotting.plot_frontier(own, name, folder / f"frontier-{name}")

@@ -12,18 +12,19 @@ is run anew.
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import multiprocessing
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import circumstances
+from tqdm.auto import tqdm
+
+from benchmarks.common import at_least_one, circumstances, options
 from benchmarks.safety.attack import PrefixAttack
 from benchmarks.safety.catalogue import RANK, TABLES, Method, methods
 from benchmarks.safety.report import write_report
@@ -112,7 +113,6 @@ def run_base(plan: Plan, draw: int, seed: int, part: int, parts: int) -> None:
         made_with = {"how": plan.how, "commit": plan.commit, "ground": base.ground}
         row = described | made_with | _run(plan, settings[what], method, first.get("rate"))
         add_row(path, row)
-        print(json.dumps(row), flush=True)
 
 
 def _wanted(plan: Plan) -> list[Method | None]:
@@ -180,15 +180,19 @@ _PATIENCE = 0.02  # a score that fell by less than this may rise again
 
 def main() -> None:
     """Run the benchmark and write results, tables and plots."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
-    parser.add_argument("--bases", type=int, default=5, help="how many")
-    parser.add_argument("--draws", type=int, default=2, help="per base")
-    parser.add_argument("--jobs", type=int, default=2, help="processes, each with one thread")
-    parser.add_argument("--steps", type=int, default=80)
+    parser = options(__doc__)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="what to run")
+    parser.add_argument("--bases", type=at_least_one, default=5, help="how many")
+    parser.add_argument("--draws", type=at_least_one, default=2, help="per base")
+    parser.add_argument("--jobs", type=at_least_one, default=2, help="processes, each with one thread")
+    parser.add_argument("--steps", type=at_least_one, default=80, help="of fine-tuning")
     parser.add_argument("--folder", type=Path, default=Path("outputs/safety"), help="where bases are kept")
     parser.add_argument("--output", type=Path, default=Path("outputs/safety/results"), help="for rows and tables")
-    parser.add_argument("--quick", action="store_true", help="one small base, two rates: whether the machinery works")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="whether the machinery works: one small base, one draw, six steps, two rates; numbers say nothing",
+    )
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.bases, arguments.draws, arguments.steps = 1, 1, 6
@@ -209,20 +213,56 @@ def main() -> None:
             rows = _run_all(plan, range(arguments.bases), arguments.jobs)
     except PeftSaeError as error:
         raise SystemExit(str(error)) from error
-    about = {"bases": arguments.bases, "draws": plan.draws, "steps": plan.steps, "rank": RANK, "rates": RATES}
+    about = {
+        "bases": arguments.bases,
+        "draws": plan.draws,
+        "steps": plan.steps,
+        "rank": RANK,
+        "rates": RATES,
+        "quick": plan.quick,
+    }
     write_report(plan.output, plan.tables, rows, {**before, **about})
+    print(f"Rows, tables and plots are in '{plan.output}'.", end=" ")
+    page = f"`python -m benchmarks.results --safety {plan.output} --output PAGE.md` makes a page of them."
+    print("A quick run's numbers say nothing." if plan.quick else page)
 
 
 def _run_all(plan: Plan, seeds: Sequence[int], jobs: int) -> list[dict[str, Any]]:
     """Run what is missing, and return the rows of all draws that are asked for."""
     ready_rows([plan.rows(seed) for seed in seeds], plan.how)
+    methods_of_all = len(_wanted(plan)) * len(seeds) * plan.draws
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        pool.starmap(_make_base, [(plan, seed) for seed in seeds], chunksize=1)
+        bases = [(plan, seed) for seed in seeds]
+        _follow(pool, _make_base, bases, "bases", len(seeds), lambda: _bases_there(plan, seeds))
         for draw in range(plan.draws):  # the first finds the learning rates of all
             tasks = [(plan, draw, seed, part, jobs) for seed in seeds for part in range(jobs)]
-            pool.starmap(run_base, tasks, chunksize=1)
-    found = [row for seed in seeds for row in read_rows(plan.rows(seed))]
-    return [row for row in found if row["draw"] < plan.draws]  # other tables may have more
+            _follow(pool, run_base, tasks, f"runs, draw {draw}", methods_of_all, lambda: len(_rows_of(plan, seeds)))
+        pool.close()
+        pool.join()
+    return _rows_of(plan, seeds)
+
+
+def _rows_of(plan: Plan, seeds: Sequence[int]) -> list[dict[str, Any]]:
+    """What the plan has asked for and is there; other plans may have asked for more."""
+    wanted = {
+        key(_described(seed, draw, each)) for seed in seeds for draw in range(plan.draws) for each in _wanted(plan)
+    }
+    return [row for seed in seeds for row in read_rows(plan.rows(seed)) if key(row) in wanted]
+
+
+def _bases_there(plan: Plan, seeds: Sequence[int]) -> int:
+    return sum((plan.bases / f"base-{seed}").is_dir() for seed in seeds)
+
+
+def _follow(pool: Any, work: Any, tasks: Sequence[Any], what: str, total: int, count: Callable[[], int]) -> None:
+    """Have a pool do the tasks, and show how many of all results are there meanwhile."""
+    before = count()
+    waiting = pool.starmap_async(work, tasks, chunksize=1)
+    with tqdm(desc=what, total=total, initial=before, mininterval=1.0) as bar:
+        while not waiting.ready():
+            waiting.wait(2.0)
+            bar.update(count() - bar.n)
+    waiting.get()  # an error of a task is raised here
 
 
 if __name__ == "__main__":

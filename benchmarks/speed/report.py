@@ -121,6 +121,7 @@ def _merge() -> Iterator[Ratio]:
 
 
 def _gpu() -> Iterator[Ratio]:
+    starts = read("speed/result-start-cpu.json")[1].get("asked", {})
     for shape in ("gemma-2-2b", "gemma-2-9b", "llama-3.1-8b"):
         path, found = read(f"speed/result-{shape}-cuda.json")
         for part in found.get("training", []):
@@ -136,7 +137,8 @@ def _gpu() -> Iterator[Ratio]:
         for peer in ("lora", "olora", "pissa"):
             if seconds:
                 value = seconds["sae_subspace"] / seconds[peer]
-                yield Ratio("start", f"SAE_SUBSPACE, {shape}", peer, value, path, found["device"])
+                asked = 1 / starts[peer] if peer in starts else None
+                yield Ratio("start", f"SAE_SUBSPACE, {shape}", peer, value, path, found["device"], asked)
 
 
 def table(found: list[Ratio]) -> str:

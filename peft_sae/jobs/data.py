@@ -81,7 +81,7 @@ def _load(label: str, **arguments: Any) -> Data:
     except Exception as error:  # of the network, of the Hub, of whatever a file holds
         raise DataError(
             f"The {label} data {arguments['path']!r} are no file here, and cannot be loaded as a data set "
-            f"({type(error).__name__}: {error}). Check the path, the id and the split."
+            f"({type(error).__name__}: {error}). Check the path, the id, the split and the network."
         ) from error
     return found
 

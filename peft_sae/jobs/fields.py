@@ -122,9 +122,9 @@ def _read_yaml(path: str | Path) -> dict[str, Any]:
         data = yaml.safe_load(text)
         _check_size(data)
     except OSError as error:
-        raise ConfigError(f"'{path}' cannot be opened ({error.strerror}). Give the path of a job file.") from error
+        raise ConfigError(f"'{path}' cannot be opened ({error.strerror}). Give the path of a YAML file.") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"'{path}' cannot be read as YAML ({error}). Give the path of a job file.") from error
+        raise ConfigError(f"'{path}' cannot be read as YAML ({error}). Give the path of a YAML file.") from error
     if not isinstance(data, dict):
         raise ConfigError(f"'{path}' holds a {type(data).__name__}, and a mapping of keys is needed. See configs/.")
     return data
