@@ -322,8 +322,8 @@ def _defaults(source: Source) -> Iterator[str]:
         f"{against('scaled by spread')}; turned within its span towards features (varimax) "
         f"{against('turned towards features')}.",
         f"- **`layer_map`: `nearest` stays**; `exact` {against('layers with an SAE only')}. Here that leaves out one "
-        "block of four, the first, for which the nearest SAE stands behind it. With SAEs at four of 26 layers it leaves "
-        "out most of the model, which is another thing and not measured. With 4 features "
+        "block of four, the first, for which the nearest SAE stands behind it. With SAEs at four of 26 layers it "
+        "leaves out most of the model, which is another thing and not measured. With 4 features "
         f"{against('top_k 4, layers with an SAE only')}, with 8 at rank 8 "
         f"{against('top_k 8, rank 8, layers with an SAE only')}.",
         f"- **`freeze_basis`: try it first.** Frozen against trainable, in the order above: {'; '.join(gaps)}; out of "

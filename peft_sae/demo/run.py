@@ -188,3 +188,6 @@ def _print_result(console: Console, result: DemoResult, root: Path) -> None:
     console.print("seconds: " + ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.seconds.items()))
     for name in ("world", "subspace", "adapter", "merged", "result.json"):
         console.print(f"{name:>12}: {root / name}", highlight=False)
+    console.print(
+        f"To look into it: peft-sae inspect {root / 'adapter'} --html {root / 'report.html'}", highlight=False
+    )
