@@ -55,12 +55,12 @@ tiny stand-ins with a judge over HTTP; see [paper/README.md](paper/README.md).
 def _speed() -> Iterator[str]:
     yield (
         "## Speed\n\n    python -m benchmarks.speed.report --run\n\n"
-        "Ratios of medians, ours over the peer's, measured in turn in the same run: less is better, and what was asked "
-        "is a ratio, too. At `start`, SAE_SUBSPACE and `frozen` inject a basis that was made before, as every run "
-        "after the first does; `selection included` makes it as well. EVA and CorDA can keep what they computed, too, and "
-        "then they are as quick; EVA was timed once, on activations that were made to let it converge. On the CPU "
-        "`start` has 2 of Gemma-2-2B's 26 blocks, on a GPU all of them. The files name the versions: those on the GPU "
-        "are others than those on the CPU."
+        "Ratios of medians, ours over the peer's, measured in turn in the same run: less is better, and what was "
+        "asked is a ratio, too. At `start`, SAE_SUBSPACE and `frozen` inject a basis that was made before, as every "
+        "run after the first does; `selection included` makes it as well. EVA and CorDA can keep what they "
+        "computed, too, and then they are as quick; EVA was timed once, on activations that were made to let it "
+        "converge. On the CPU `start` has 2 of Gemma-2-2B's 26 blocks, on a GPU all of them. The files name the "
+        "versions: those on the GPU are others than those on the CPU."
     )
     yield speed_table(ratios())
 
