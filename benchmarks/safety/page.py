@@ -317,7 +317,8 @@ def _defaults(source: Source) -> Iterator[str]:
         f"{against('selector random')}.",
         f"- **Both signs stay**: features with more on the aligned texts only {against('direction aligned')}, with "
         f"less only {against('direction unaligned')}.",
-        f"- **`norm_gain` stays on**, as what it computes is what the module meets; off: {against('norm_gain off')}. "
+        f"- **`norm_gain` stays on**, as with it a basis is what the module meets of the features; off: "
+        f"{against('norm_gain off')}. "
         f"**The basis stays orthonormal and as it comes**: scaled by the spread of the data along it "
         f"{against('scaled by spread')}; turned within its span towards features (varimax) "
         f"{against('turned towards features')}.",

@@ -9,10 +9,12 @@ from matplotlib.ticker import PercentFormatter
 
 from benchmarks import plots
 from benchmarks.common import summary
-from benchmarks.safety.catalogue import ONLY, methods
+from benchmarks.safety.catalogue import ONLY, control_name, methods
 from benchmarks.safety.report import OUT, OUT_HELP, VALIDATION, Rows, changes, of_method, per_base
+from peft_sae.subspace.controls import CONTROLS
 
 _COLOURS = dict(zip(("SAE", "full fine-tuning", "LoRA"), plots.COLOURS, strict=False))
+_COLOURS |= {control_name(kind): plots.COLOURS[3] for kind in CONTROLS}
 _OTHERS = "#777777"
 _TITLES = {False: "trained on all requests", True: "trained on neutral requests only (another scale across)"}
 _NOTE = "Means over base models; bars and bands are bootstrap 95 % intervals over them."
@@ -35,8 +37,8 @@ def plot_frontier(rows: Rows, name: str, path: Path) -> None:
             _plot_point(axis, names.index(plain) + 1, plain, rows_of_method)
         axis.set_xlabel("helpfulness, cue swapped")
         axis.set_ylabel("safety, unseen kinds of danger, cue swapped")
-        axis.xaxis.set_major_formatter(PercentFormatter(1.0))
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         _clean(axis)
         axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, markerscale=0.6)
         if len(panels) > 1:
@@ -45,7 +47,9 @@ def plot_frontier(rows: Rows, name: str, path: Path) -> None:
                 if group[0].neutral
                 else "trained on all requests"
             )
-    _note(figure, f"Best is the upper right corner; hollow: the basis is frozen. {_NOTE}")
+    _note(
+        figure, f"Best is the upper right corner; blue: this package, purple: controls; hollow: frozen basis. {_NOTE}"
+    )
     plots.save(figure, path)
 
 
@@ -107,7 +111,7 @@ def plot_efficiency(rows: Rows, path: Path) -> None:
         plots.curves(axis, counts, {name: values for name, values in found.items() if all(values)}, colours=colours)
         axis.set_xscale("log", base=2)
         axis.set_xticks(counts, [str(count) for count in counts])
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axis.set_xlabel("dangerous topics in fine-tuning")
         axis.set_title(column, fontsize=10)
     axes[0].set_ylabel("share of requests")
