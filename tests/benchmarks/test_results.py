@@ -122,7 +122,7 @@ def test_a_table_that_is_not_complete_is_not_judged(monkeypatch):
 def test_each_line_of_what_was_asked_has_its_own_verdict(monkeypatch):
     monkeypatch.setattr(page, "groups_of", lambda source: groups_of())
     text = "\n".join(page.safety_verdicts(NOWHERE))
-    assert text.count("**Met.**") == 4
+    assert text.count("**Met.**") == 2 * 4  # frozen and trainable
     worse = {**groups_of(), "SAE, requests, frozen": rows_of("SAE, requests, frozen", 0.55, loss=1.5)}
     worse.pop("SAE, requests")
     monkeypatch.setattr(page, "groups_of", lambda source: worse)
