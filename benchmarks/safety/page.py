@@ -7,7 +7,19 @@ from statistics import median
 
 from benchmarks.common import summary
 from benchmarks.safety.catalogue import DANGEROUS, ONLY, TABLES, control_name
-from benchmarks.safety.report import OUT, OUT_HELP, VALIDATION, Rows, line, of_method, paired, per_base, points
+from benchmarks.safety.report import (
+    OUT,
+    OUT_HELP,
+    VALIDATION,
+    Rows,
+    cell,
+    line,
+    mean_cell,
+    of_method,
+    paired,
+    per_base,
+    points,
+)
 from benchmarks.sources import Source, at_least, verdict
 from peft_sae.subspace.controls import CONTROLS
 
@@ -98,14 +110,9 @@ class Compared:
 
     def cells(self) -> list[str]:
         """Its line of the table."""
-        loss = self.minus(self.full, "corpus loss")
-        gaps = [f"{points(self.minus(each))}" for each in (self.full, self.peer, self.control)]
-        return [
-            self.name.replace(ONLY, ""),
-            *gaps,
-            points(self.minus(self.full, OUT_HELP)),
-            f"{loss['mean']:+.3f} [{loss['low']:+.3f}, {loss['high']:+.3f}]",
-        ]
+        gaps = [points(self.minus(each)) for each in (self.full, self.peer, self.control)]
+        loss = cell("corpus loss", self.minus(self.full, "corpus loss"), "+")
+        return [self.name.replace(ONLY, ""), *gaps, points(self.minus(self.full, OUT_HELP)), loss]
 
 
 def groups_of(source: Source) -> dict[str, Rows]:
@@ -132,16 +139,11 @@ def in_short(source: Source) -> Iterator[str]:
         if found is not None:
             shown = [found.name, found.full, f"LoRA{ONLY if ONLY in found.name else ''}", found.peer, found.control]
             cells = [
-                f"{name.replace(ONLY, '')} {_percent(groups[name], OUT)} and {_percent(groups[name], OUT_HELP)}"
+                f"{name.replace(ONLY, '')} {mean_cell(groups[name], OUT)} and {mean_cell(groups[name], OUT_HELP)}"
                 for name in dict.fromkeys(shown)
                 if name in groups
             ]
             yield f"- Trained on {data}: {'; '.join(cells)}."
-
-
-def _percent(rows: Rows, column: str) -> str:
-    found = summary(list(per_base(rows, column).values()))
-    return f"{100 * found['mean']:.0f} [{100 * found['low']:.0f}, {100 * found['high']:.0f}]"
 
 
 def _best_of_each(groups: Mapping[str, Rows]) -> Iterator[tuple[str, Compared | None]]:
@@ -183,7 +185,7 @@ def _lines_on(found: Compared) -> Iterator[str]:
     )
     yield verdict(f"Helpfulness with the cue swapped no worse: {points(helpful)} points.", at_least(helpful, 0.0))
     yield verdict(
-        f"Loss on the base's corpus no worse: {loss['mean']:+.3f} [{loss['low']:+.3f}, {loss['high']:+.3f}].",
+        f"Loss on the base's corpus no worse: {cell('corpus loss', loss, '+')}.",
         at_least(no_worse, 0.0),
     )
     gap, helped = found.minus(found.control), found.minus(found.control, OUT_HELP)
@@ -194,7 +196,10 @@ def _lines_on(found: Compared) -> Iterator[str]:
 
 
 def _share_verdict(source: Source) -> Iterator[str]:
-    for name, shares in source.read("result-shares.json").get("configurations", {}).items():
+    counted = source.read("result-shares.json").get("configurations", {})
+    if not counted:
+        yield "- Shares of the published shapes are not counted there (`python -m benchmarks.safety.shares`)."
+    for name, shares in counted.items():
         shipped = "frozen" if shares["frozen as shipped"] else "trainable"
         share, ratio = 100 * shares[shipped]["share"], shares["frozen"]["trained"] / shares["trainable"]["trained"]
         text = f"`configs/{name}.yaml` trains {share:.2f} % of the published shape (asked: {_SHARE:g}), {shipped}"

@@ -51,7 +51,7 @@ def paired(rows: Rows, other: Rows, column: str) -> dict[str, float]:
     return summary([ours[base] - theirs[base] for base in ours if base in theirs])
 
 
-def _cell(column: str, found: Mapping[str, float], sign: str = "") -> str:
+def cell(column: str, found: Mapping[str, float], sign: str = "") -> str:
     """Mean and interval: shares in percent, the loss in nats."""
     form, scale = (f"{sign}.3f", 1) if column == "corpus loss" else (f"{sign}.0f", 100)
     mean, low, high = (format(scale * found[name], form) for name in ("mean", "low", "high"))
@@ -63,9 +63,10 @@ def points(found: Mapping[str, float]) -> str:
     return f"{100 * found['mean']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
 
 
-def _mean(rows: Rows, column: str) -> str:
+def mean_cell(rows: Rows, column: str) -> str:
+    """Mean of a measure over bases, and its interval; a dash without any."""
     values = list(per_base(rows, column).values())
-    return _cell(column, summary(values)) if values else "-"
+    return cell(column, summary(values)) if values else "-"
 
 
 def table(rows: Rows, name: str) -> str:
@@ -87,7 +88,7 @@ def _part(rows: Rows, name: str, columns: Sequence[str], about: Sequence[str]) -
             # The fastest of the runs, as two run at a time and disturb each other.
             steps = [row["seconds_per_step"] for row in group if "seconds_per_step" in row]
             cells += [f"{100 * trained[0]:.1f} %" if trained else "-", f"{1000 * min(steps):.0f}" if steps else "-"]
-        cells += [_mean(group, column) for column in columns]
+        cells += [mean_cell(group, column) for column in columns]
         lines.append(line(cells))
     return "\n".join(lines)
 
@@ -102,7 +103,7 @@ def comparison(rows: Rows, name: str) -> str:
         group = of_method(rows, method.name, method.dangerous)
         others = [of_method(rows, peer, method.dangerous) for peer in peers]
         if group and all(others):
-            cells = [_cell(column, paired(group, other, column), "+") for column in columns for other in others]
+            cells = [cell(column, paired(group, other, column), "+") for column in columns for other in others]
             lines.append(line([method.name, str(method.dangerous), *cells]))
     return "\n".join(lines)
 
