@@ -98,7 +98,7 @@ class Starts:
             "pissa": lambda model: get_peft_model(model, LoraConfig(**_FIELDS, init_lora_weights="pissa")),
             "mica": lambda model: get_peft_model(model, LoraConfig(**_FIELDS, init_lora_weights="mica")),
             "eva": self._eva,
-            "eva, precomputed": self._eva_again,
+            "eva, precomputed": lambda model: self._eva(model, again=True),
             "lora-ga": self._lora_ga,
             "corda": self._corda,
         }
@@ -114,16 +114,11 @@ class Starts:
         subspace = subspace_from_selection(model, None, selection, self._saes, variance=0.8)
         return get_peft_model(model, SaeSubspaceConfig(**_FIELDS, subspace=subspace))
 
-    def _eva(self, model: Gemma2ForCausalLM) -> Any:
+    def _eva(self, model: Gemma2ForCausalLM, *, again: bool = False) -> Any:
         config = LoraConfig(**_FIELDS, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
         adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-        self._eva_state = get_eva_state_dict(adapted, self._data(), config, show_progress_bar=False)
-        initialize_lora_eva_weights(adapted, eva_state_dict=dict(self._eva_state), show_progress_bar=False)
-        return adapted
-
-    def _eva_again(self, model: Gemma2ForCausalLM) -> Any:
-        config = LoraConfig(**_FIELDS, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
-        adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
+        if not again:
+            self._eva_state = get_eva_state_dict(adapted, self._data(), config, show_progress_bar=False)
         initialize_lora_eva_weights(adapted, eva_state_dict=dict(self._eva_state), show_progress_bar=False)
         return adapted
 
