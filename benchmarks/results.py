@@ -37,6 +37,8 @@ fine-tuning lacked that are refused when the cue is swapped, and harmless ones t
 methods are the frozen and the trainable one with the highest validation score; beside them stand full fine-tuning,
 LoRA, the safest of PEFT's starts and the safest basis without an SAE.
 """
+_CONFIRMED = """The same methods on other base models, made after these had been chosen:
+"""
 _ADVICE = """What to do with it: choose features by texts that differ in what is to change and in nothing else; freeze
 the basis; adapt all modules that read the residual stream; choose about as many features as the rank holds. That is
 `configs/gemma-2-2b-frozen.yaml`. And train a control without an SAE (`control`) beside it: what does not beat it has
@@ -71,6 +73,8 @@ def text(safety: Source, recovery: Source) -> str:
         _INTRODUCTION.strip(),
         _IN_SHORT.strip(),
         "\n".join(safety_in_short(safety)) or "Not run yet.",
+        _CONFIRMED.strip(),
+        "\n".join(safety_in_short(safety, "confirm")) or "Not run yet.",
         _ADVICE.strip(),
         *safety_page(safety),
         *recovery_page(recovery),

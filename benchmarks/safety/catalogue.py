@@ -12,7 +12,8 @@ from benchmarks.safety.setting import Basis, Setting
 from benchmarks.safety.starts import READ, WRITE
 from peft_sae.subspace.controls import CONTROLS
 
-TABLES = ("main", "parts", "protect", "efficiency")
+TABLES = ("main", "parts", "protect", "efficiency", "confirm")
+FIRST_SEED = {"confirm": 100}  # bases that nothing was chosen on; those of the other tables begin at 0
 RANK, DANGEROUS = 4, 8
 ONLY = ", neutral requests only"  # of the fine-tuning data, for as many steps
 CALIBRATED = ", calibrated on neutral requests"
@@ -163,6 +164,19 @@ def _efficiency() -> list[Method]:
     return [Method(name, start, count) for count in (4, 8, 16, 32) for name, start in chosen.items()]
 
 
+# For `confirm`, named by the table `main` before the bases of `confirm` were made: ours that validation prefers, the
+# starts of PEFT's and the controls that were safest out of distribution on either data, and the usual ones.
+_CONFIRMED = (
+    *("full fine-tuning", "LoRA", "PiSSA", "OLoRA", "CorDA, ipm", "SAE, best parts", "SAE, best parts, frozen"),
+    *("difference pca, frozen", "mean difference, frozen", "mean difference, best parts, frozen"),
+)
+
+
+def _confirm() -> list[Method]:
+    """Methods of `main`, for bases of their own."""
+    return [method for method in _main() if method.name.replace(ONLY, "") in _CONFIRMED]
+
+
 def methods(table: str) -> list[Method]:
     """The methods of a table, in order."""
     made: Mapping[str, Callable[[], list[Method]]] = {
@@ -170,5 +184,6 @@ def methods(table: str) -> list[Method]:
         "parts": _parts,
         "protect": _protect,
         "efficiency": _efficiency,
+        "confirm": _confirm,
     }
     return made[table]()

@@ -115,9 +115,9 @@ class Compared:
         return [self.name.replace(ONLY, ""), *gaps, points(self.minus(self.full, OUT_HELP)), loss]
 
 
-def groups_of(source: Source) -> dict[str, Rows]:
-    """The rows of every method with the usual number of topics."""
-    rows = source.read("result-main.json").get("rows", [])
+def groups_of(source: Source, table: str = "main") -> dict[str, Rows]:
+    """The rows of a table's every method with the usual number of topics."""
+    rows = source.read(f"result-{table}.json").get("rows", [])
     return {name: of_method(rows, name, DANGEROUS) for name in dict.fromkeys(row["method"] for row in rows)}
 
 
@@ -132,9 +132,9 @@ def best_by_validation(groups: Mapping[str, Rows], found: Sequence[Compared]) ->
     return max(found, key=lambda each: summary(list(per_base(groups[each.name], VALIDATION).values()))["mean"])
 
 
-def in_short(source: Source) -> Iterator[str]:
+def in_short(source: Source, table: str = "main") -> Iterator[str]:
     """Yield lines on the best SAE method of each kind, beside the best of the others."""
-    groups = groups_of(source)
+    groups = groups_of(source, table)
     for data, found in _best_of_each(groups):
         if found is not None:
             shown = [found.name, found.full, f"LoRA{ONLY if ONLY in found.name else ''}", found.peer, found.control]
@@ -158,13 +158,14 @@ def _best_of_each(groups: Mapping[str, Rows]) -> Iterator[tuple[str, Compared | 
                 yield data, best_by_validation(groups, kind)
 
 
-def safety_verdicts(source: Source) -> Iterator[str]:
+def safety_verdicts(source: Source, table: str = "main") -> Iterator[str]:
     """What was asked of the best SAE methods: those with the highest validation score, frozen and trainable."""
-    for data, found in _best_of_each(groups_of(source)):
+    for data, found in _best_of_each(groups_of(source, table)):
         if found is None:
             yield f"Not all of what is trained on {data} was run."
         else:
-            yield f"Trained on {data}, **{found.name.replace(ONLY, '')}** (the best of its kind by validation):"
+            chosen = "the best of its kind by validation" if table == "main" else "named before"
+            yield f"Trained on {data}, **{found.name.replace(ONLY, '')}** ({chosen}):"
             yield "\n".join(_lines_on(found))
 
 
@@ -274,11 +275,33 @@ def page(source: Source) -> Iterator[str]:
         "PEFT's, and minus the safest control without an SAE; helpfulness and loss minus full fine-tuning."
     )
     yield from _all_compared(source)
+    yield from _confirmation(source)
     yield from source.section("table-main.md", "Methods", "frontier-main")
     yield from source.section("table-parts.md", "One thing changed at a time", "changes")
     yield from _defaults(source)
     yield from source.section("table-protect.md", "Protecting the cue's features, and controls", "frontier-protect")
     yield from source.section("table-efficiency.md", "With fewer and more dangerous topics", "efficiency")
+
+
+def _confirmation(source: Source) -> Iterator[str]:
+    """The same questions on bases that had no part in any choice."""
+    found = source.read("result-confirm.json")
+    yield "### On new bases\n\n    python -m benchmarks.safety.run --tables confirm"
+    if not found:
+        yield "Not run yet."
+        return
+    yield (
+        f"{found['bases']} base models that were made after everything above was written, with "
+        f"{_counted(found['draws'], 'draw')} each. The methods are those of ours that validation prefers above, the "
+        "starts of PEFT's and the controls that are safest above, and the usual ones; nothing was chosen again but the "
+        "learning rates."
+    )
+    yield from safety_verdicts(source, "confirm")
+    yield from source.section("table-confirm.md", "Methods on new bases", "frontier-confirm")
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _told(gap: Mapping[str, float]) -> str:

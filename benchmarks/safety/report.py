@@ -132,16 +132,24 @@ def changes(rows: Rows, name: str, reference: str, column: str) -> dict[str, dic
     return {changed: paired(groups[changed], own, column) for changed in order}
 
 
-def write_report(folder: Path, tables: Sequence[str], rows: Rows, about: Mapping[str, Any]) -> None:
-    """Write what each table has as JSON, Markdown and plots, and print the tables."""
+def write_report(folder: Path, tables: Mapping[str, Sequence[int]], rows: Rows, about: Mapping[str, Any]) -> None:
+    """Write what each table has as JSON, Markdown and plots, and print the tables.
+
+    Args:
+        folder: where to.
+        tables: seeds of the bases of each table.
+        rows: of all.
+        about: what else a result says of its making.
+    """
     rows = sorted(rows, key=lambda row: (row["base"], row["draw"]))
-    for name in tables:
+    for name, seeds in tables.items():
         wanted = {("base", 1), *((method.name, method.dangerous) for method in methods(name))}
-        own = [row for row in rows if (row["method"], row["dangerous"]) in wanted]
+        own = [row for row in rows if row["base"] in seeds and (row["method"], row["dangerous"]) in wanted]
         minutes = round(sum(row["seconds"] for row in own) / 60, 1)
         result = {
             "benchmark": f"safety after fine-tuning: {name}",
             **about,
+            "first_base": seeds[0],
             "core_minutes": minutes,
             "commits": commits(own),
             "rows": own,

@@ -1,11 +1,12 @@
 """Does an SAE-built subspace align a model better than the alternatives?
 
-    python -m benchmarks.safety.run [--tables main parts protect efficiency] [--bases 5] [--draws 2] [--quick]
+    python -m benchmarks.safety.run [--tables main parts protect efficiency confirm] [--bases 5] [--draws 2] [--quick]
 
 Each base model has its own language, pretraining and SAEs (`base.py`); each draw its own topics and forms of
 fine-tuning data, their order, and random choices. Every method has the same data, steps and grid of learning rates. The
 rate is chosen per base on validation topics, in the first draw, going up and down the grid from its middle until the
-score falls; the tests are run at that rate. Results are written one by one, so that a run that was stopped goes on.
+score falls; the tests are run at that rate. The table `confirm` has bases of its own, on which nothing was chosen
+before. Results are written one by one, so that a run that was stopped goes on.
 `--output benchmarks/safety` adds to the results that lie here, if weights, SAEs and texts are the same; without it, all
 is run anew.
 """
@@ -17,7 +18,7 @@ import logging
 import multiprocessing
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.common import at_least_one, circumstances, options
 from benchmarks.safety.attack import PrefixAttack
-from benchmarks.safety.catalogue import RANK, TABLES, Method, methods
+from benchmarks.safety.catalogue import FIRST_SEED, RANK, TABLES, Method, methods
 from benchmarks.safety.report import write_report
 from benchmarks.safety.rows import add_row, check_ground, key, read_rows, ready_rows
 from peft_sae.errors import PeftSaeError
@@ -42,7 +43,7 @@ class Plan:
     Attributes:
         bases: where base models are kept.
         output: where results go.
-        tables: names of tables.
+        tables: seeds of the bases of each table.
         draws: per base.
         rates: grid of learning rates, ascending.
         steps: of fine-tuning.
@@ -52,12 +53,22 @@ class Plan:
 
     bases: Path
     output: Path
-    tables: tuple[str, ...]
+    tables: Mapping[str, Sequence[int]]
     draws: int
     rates: tuple[float, ...]
     steps: int
     quick: bool
     commit: str
+
+    @property
+    def seeds(self) -> list[int]:
+        """Of all bases."""
+        return sorted({seed for seeds in self.tables.values() for seed in seeds})
+
+    def methods(self, seed: int) -> list[Method | None]:
+        """Every method that a base is wanted for once; None is the base as it is."""
+        made = (method for table, seeds in self.tables.items() if seed in seeds for method in methods(table))
+        return [None, *{(method.name, method.dangerous): method for method in made}.values()]
 
     def rows(self, seed: int) -> Path:
         """Where the rows of a base are."""
@@ -102,7 +113,7 @@ def run_base(plan: Plan, draw: int, seed: int, part: int, parts: int) -> None:
     done = {key(row): row for row in read_rows(path)}
     check_ground(path, list(done.values()), base.ground, plan.commit)
     settings: dict[tuple[int, bool], Setting] = {}
-    for method in _wanted(plan)[part::parts]:
+    for method in plan.methods(seed)[part::parts]:
         described = _described(seed, draw, method)
         if key(described) in done:
             continue
@@ -113,12 +124,6 @@ def run_base(plan: Plan, draw: int, seed: int, part: int, parts: int) -> None:
         made_with = {"how": plan.how, "commit": plan.commit, "ground": base.ground}
         row = described | made_with | _run(plan, settings[what], method, first.get("rate"))
         add_row(path, row)
-
-
-def _wanted(plan: Plan) -> list[Method | None]:
-    """Every method of the tables once; None is the base as it is."""
-    made = (method for table in plan.tables for method in methods(table))
-    return [None, *{(method.name, method.dangerous): method for method in made}.values()]
 
 
 def _described(seed: int, draw: int, method: Method | None) -> dict[str, Any]:
@@ -182,7 +187,7 @@ def main() -> None:
     """Run the benchmark and write results, tables and plots."""
     parser = options(__doc__)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="what to run")
-    parser.add_argument("--bases", type=at_least_one, default=5, help="how many")
+    parser.add_argument("--bases", type=at_least_one, default=5, help="how many for each table")
     parser.add_argument("--draws", type=at_least_one, default=2, help="per base")
     parser.add_argument("--jobs", type=at_least_one, default=2, help="processes, each with one thread")
     parser.add_argument("--steps", type=at_least_one, default=80, help="of fine-tuning")
@@ -197,10 +202,13 @@ def main() -> None:
     if arguments.quick:
         arguments.bases, arguments.draws, arguments.steps = 1, 1, 6
     before = circumstances(0, "cpu")
+    # A quick run makes one base for all tables.
+    first = {table: 0 if arguments.quick else FIRST_SEED.get(table, 0) for table in arguments.tables}
+    tables = {table: range(seed, seed + arguments.bases) for table, seed in first.items()}
     plan = Plan(
         arguments.folder / ("quick" if arguments.quick else "full"),
         arguments.output,
-        tuple(arguments.tables),
+        tables,
         arguments.draws,
         RATES[2:4] if arguments.quick else RATES,
         arguments.steps,
@@ -210,7 +218,7 @@ def main() -> None:
     plan.output.mkdir(parents=True, exist_ok=True)
     try:
         with alone(plan.output / "runs"):
-            rows = _run_all(plan, range(arguments.bases), arguments.jobs)
+            rows = _run_all(plan, arguments.jobs)
     except PeftSaeError as error:
         raise SystemExit(str(error)) from error
     about = {
@@ -227,31 +235,34 @@ def main() -> None:
     print("A quick run's numbers say nothing." if plan.quick else page)
 
 
-def _run_all(plan: Plan, seeds: Sequence[int], jobs: int) -> list[dict[str, Any]]:
+def _run_all(plan: Plan, jobs: int) -> list[dict[str, Any]]:
     """Run what is missing, and return the rows of all draws that are asked for."""
-    ready_rows([plan.rows(seed) for seed in seeds], plan.how)
-    methods_of_all = len(_wanted(plan)) * len(seeds) * plan.draws
+    ready_rows([plan.rows(seed) for seed in plan.seeds], plan.how)
+    runs = plan.draws * sum(len(plan.methods(seed)) for seed in plan.seeds)
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        bases = [(plan, seed) for seed in seeds]
-        _follow(pool, _make_base, bases, "bases", len(seeds), lambda: _bases_there(plan, seeds))
+        bases = [(plan, seed) for seed in plan.seeds]
+        _follow(pool, _make_base, bases, "bases", len(bases), lambda: _bases_there(plan))
         for draw in range(plan.draws):  # the first finds the learning rates of all
-            tasks = [(plan, draw, seed, part, jobs) for seed in seeds for part in range(jobs)]
-            _follow(pool, run_base, tasks, f"runs, draw {draw}", methods_of_all, lambda: len(_rows_of(plan, seeds)))
+            tasks = [(plan, draw, seed, part, jobs) for seed in plan.seeds for part in range(jobs)]
+            _follow(pool, run_base, tasks, f"runs, draw {draw}", runs, lambda: len(_rows_of(plan)))
         pool.close()
         pool.join()
-    return _rows_of(plan, seeds)
+    return _rows_of(plan)
 
 
-def _rows_of(plan: Plan, seeds: Sequence[int]) -> list[dict[str, Any]]:
+def _rows_of(plan: Plan) -> list[dict[str, Any]]:
     """What the plan has asked for and is there; other plans may have asked for more."""
     wanted = {
-        key(_described(seed, draw, each)) for seed in seeds for draw in range(plan.draws) for each in _wanted(plan)
+        key(_described(seed, draw, each))
+        for seed in plan.seeds
+        for draw in range(plan.draws)
+        for each in plan.methods(seed)
     }
-    return [row for seed in seeds for row in read_rows(plan.rows(seed)) if key(row) in wanted]
+    return [row for seed in plan.seeds for row in read_rows(plan.rows(seed)) if key(row) in wanted]
 
 
-def _bases_there(plan: Plan, seeds: Sequence[int]) -> int:
-    return sum((plan.bases / f"base-{seed}").is_dir() for seed in seeds)
+def _bases_there(plan: Plan) -> int:
+    return sum((plan.bases / f"base-{seed}").is_dir() for seed in plan.seeds)
 
 
 def _follow(pool: Any, work: Any, tasks: Sequence[Any], what: str, total: int, count: Callable[[], int]) -> None:

@@ -115,20 +115,20 @@ def test_a_method_is_compared_with_the_best_of_those_on_the_same_data(only):
 def test_a_table_that_is_not_complete_is_not_judged(monkeypatch):
     for missing in ("full fine-tuning", "random, frozen mean difference", "LoRA OLoRA", "SAE, requests, frozen"):
         groups = {name: rows for name, rows in groups_of().items() if name not in missing}
-        monkeypatch.setattr(page, "groups_of", lambda source, groups=groups: groups)
+        monkeypatch.setattr(page, "groups_of", lambda *_, groups=groups: groups)
         assert next(page.safety_verdicts(NOWHERE)) == "Not all of what is trained on all requests was run."
 
 
 def test_each_line_of_what_was_asked_has_its_own_verdict(monkeypatch):
-    monkeypatch.setattr(page, "groups_of", lambda source: groups_of())
+    monkeypatch.setattr(page, "groups_of", lambda *_: groups_of())
     text = "\n".join(page.safety_verdicts(NOWHERE))
     assert text.count("**Met.**") == 2 * 4  # frozen and trainable
     worse = {**groups_of(), "SAE, requests, frozen": rows_of("SAE, requests, frozen", 0.55, loss=1.5)}
     worse.pop("SAE, requests")
-    monkeypatch.setattr(page, "groups_of", lambda source: worse)
+    monkeypatch.setattr(page, "groups_of", lambda *_: worse)
     lines = next(text for text in page.safety_verdicts(NOWHERE) if "Safety on" in text).splitlines()
     assert [line.split(".")[0] for line in lines[:4]] == ["- **Missed", "- **Missed", "- **Met", "- **Missed"]
-    monkeypatch.setattr(page, "groups_of", lambda source: groups_of())
+    monkeypatch.setattr(page, "groups_of", lambda *_: groups_of())
     assert [line[:9] for line in page.frozen_verdicts(NOWHERE)] == ["- **Met.*"]
 
 

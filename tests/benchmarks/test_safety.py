@@ -1,4 +1,5 @@
 import copy
+import json
 import random
 from collections import Counter
 from pathlib import Path
@@ -9,7 +10,7 @@ from peft import get_peft_model
 
 from benchmarks.safety import attack
 from benchmarks.safety.base import Base
-from benchmarks.safety.catalogue import TABLES, methods
+from benchmarks.safety.catalogue import FIRST_SEED, ONLY, TABLES, methods
 from benchmarks.safety.language import (
     STYLES,
     digest_of_texts,
@@ -20,9 +21,9 @@ from benchmarks.safety.language import (
     pretraining_texts,
     vocabulary,
 )
-from benchmarks.safety.report import by_validation, comparison, paired, per_base, table
+from benchmarks.safety.report import by_validation, comparison, paired, per_base, table, write_report
 from benchmarks.safety.rows import add_row, check_ground, commits, key, read_rows, ready_rows
-from benchmarks.safety.run import climb
+from benchmarks.safety.run import Plan, climb
 from benchmarks.safety.starts import scale_by_spread
 from peft_sae import SaeSubspaceConfig
 from peft_sae.demo.language import comply, is_refusal
@@ -233,6 +234,26 @@ def test_a_method_of_two_tables_is_the_same_in_both():
             start = method.start
             described = (getattr(start, "func", start), str(getattr(start, "keywords", "")), method.neutral)
             assert found.setdefault((method.name, method.dangerous), described) == described
+
+
+def test_what_was_chosen_is_confirmed_on_bases_that_no_other_table_has():
+    tables = {name: range(FIRST_SEED.get(name, 0), FIRST_SEED.get(name, 0) + 2) for name in TABLES}
+    plan = Plan(Path(), Path(), tables, 1, (1e-3,), 3, quick=False, commit="abc")
+    assert plan.seeds == [0, 1, 100, 101]
+    confirmed = {method.name for method in plan.methods(100) if method}
+    assert confirmed == {method.name for method in methods("confirm")}
+    assert confirmed < {method.name for method in plan.methods(0) if method}
+    assert {name.replace(ONLY, "") for name in confirmed} == confirmed - {name for name in confirmed if ONLY in name}
+    assert {"SAE, best parts, frozen", "OLoRA", "mean difference, frozen", f"CorDA, ipm{ONLY}"} <= confirmed
+
+
+def test_a_table_has_the_rows_of_its_own_bases(tmp_path):
+    rows = [row(base, name, 0.5) for base in (0, 100) for name in ("LoRA", "OLoRA")]
+    rows = [each | {"seconds": 1.0, "rate": 1e-3, "validation": 0.5} for each in rows]
+    write_report(tmp_path, {"confirm": [100]}, rows, {"draws": 1})
+    found = json.loads((tmp_path / "result-confirm.json").read_text())
+    assert {each["base"] for each in found["rows"]} == {100}
+    assert found["first_base"] == 100
 
 
 def test_a_measure_that_a_row_lacks_is_left_out_of_the_mean():
