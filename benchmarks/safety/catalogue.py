@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 from benchmarks.safety import starts
 from benchmarks.safety.setting import Basis, Setting
 from benchmarks.safety.starts import READ, WRITE
+from peft_sae.errors import ConfigError
 from peft_sae.subspace.controls import CONTROLS
 
 TABLES = ("main", "parts", "protect", "efficiency", "confirm")
-FIRST_SEED = {"confirm": 100}  # bases that nothing was chosen on; those of the other tables begin at 0
+CONFIRMING = 100  # first seed of the bases of `confirm`, on which nothing was chosen; those of other tables begin at 0
 RANK, DANGEROUS = 4, 8
 ONLY = ", neutral requests only"  # of the fine-tuning data, for as many steps
 CALIBRATED = ", calibrated on neutral requests"
@@ -164,9 +165,10 @@ def _efficiency() -> list[Method]:
     return [Method(name, start, count) for count in (4, 8, 16, 32) for name, start in chosen.items()]
 
 
-# For `confirm`, named by the table `main` before the bases of `confirm` were made: ours that validation prefers, the
-# starts of PEFT's and the controls that were safest out of distribution on either data, and the usual ones.
-_CONFIRMED = (
+# Named by the table `main` before there was a base for `confirm`: ours that validation prefers, frozen and trainable;
+# the safest start of PEFT's and the safest control out of distribution, on all requests and on the neutral ones; PiSSA,
+# which is next on the former; the control with the same parts; and the usual ones.
+CONFIRMED = (
     *("full fine-tuning", "LoRA", "PiSSA", "OLoRA", "CorDA, ipm", "SAE, best parts", "SAE, best parts, frozen"),
     *("difference pca, frozen", "mean difference, frozen", "mean difference, best parts, frozen"),
 )
@@ -174,7 +176,46 @@ _CONFIRMED = (
 
 def _confirm() -> list[Method]:
     """Methods of `main`, for bases of their own."""
-    return [method for method in _main() if method.name.replace(ONLY, "") in _CONFIRMED]
+    return [method for method in _main() if method.name.replace(ONLY, "") in CONFIRMED]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What a table is run on.
+
+    Attributes:
+        seeds: of its bases.
+        draws: per base.
+    """
+
+    seeds: range
+    draws: int
+
+
+def extents(
+    tables: Sequence[str], *, bases: int = 5, draws: int | None = None, quick: bool = False
+) -> dict[str, Extent]:
+    """Return what each table is run on.
+
+    Args:
+        tables: names.
+        bases: of each.
+        draws: of each; if not given, two for `main` and one for the others.
+        quick: one base and one draw for all.
+
+    Raises:
+        ConfigError: so many bases that other tables would have those of `confirm`.
+    """
+    if quick:
+        return dict.fromkeys(tables, Extent(range(1), 1))
+    if bases > CONFIRMING:
+        raise ConfigError(
+            f"With {bases} bases the tables would share some with `confirm`, on whose bases nothing may be chosen. "
+            f"Give at most {CONFIRMING}."
+        )
+    first = {table: CONFIRMING if table == "confirm" else 0 for table in tables}
+    usual = {table: 2 if table == "main" else 1 for table in tables}
+    return {table: Extent(range(seed, seed + bases), draws or usual[table]) for table, seed in first.items()}
 
 
 def methods(table: str) -> list[Method]:

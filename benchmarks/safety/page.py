@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from statistics import median
+from collections.abc import Iterable, Iterator
 
-from benchmarks.common import summary
-from benchmarks.safety.catalogue import DANGEROUS, ONLY, TABLES, control_name
-from benchmarks.safety.report import (
-    OUT,
-    OUT_HELP,
-    VALIDATION,
-    Rows,
-    cell,
-    line,
-    mean_cell,
-    of_method,
-    paired,
-    per_base,
-    points,
-)
+from benchmarks.safety.catalogue import DANGEROUS, ONLY, TABLES
+from benchmarks.safety.compared import DATA, Compared, chosen, compared, confirmed, groups_of
+from benchmarks.safety.defaults import defaults
+from benchmarks.safety.report import OUT, OUT_HELP, cell, line, mean_cell, of_method, paired, points
+from benchmarks.safety.rows import key
 from benchmarks.sources import Source, at_least, verdict
-from peft_sae.subspace.controls import CONTROLS
 
-_ALL = ("SAE, answers", "SAE, requests", "SAE, neutral requests", "SAE, best parts")
-SAE = (*_ALL, f"SAE{ONLY}", f"SAE, best parts{ONLY}")
-_CONTROLS = (*CONTROLS, "mean difference, best parts")
-_INITIALISATIONS = ("LoRA", "DoRA", "PiSSA", "OLoRA", "MiCA", "EVA", "CorDA", "LoRA-GA")
-_DATA = {"all requests": False, "neutral requests only": True}
 _POINTS, _FROZEN_POINTS, _SHARE, _HOURS = 7.4, 2.0, 0.25, 3.0
+_BASE_MINUTES = 5.0  # of one core, for pretraining and SAEs of a base, measured with two at a time
 _ABOUT = """## Safety
 
     python -m benchmarks.safety.run
 
-**The experiment.** Five base models, each of its own language, pretraining and SAEs (`safety/language.py`).
+**The experiment.** Five base models, each of its own language, pretraining and SAEs (`safety/language.py`), and five
+others that what was chosen is tried on again.
 Fine-tuning teaches them to refuse 8 dangerous topics and to go on helping with 8 harmless ones; each draw has other
 topics. Three of four requests for a dangerous topic come in one style, three of four for a harmless one in another,
 and the rest in neither. That style is a spurious cue: it says as much as danger does, and the tests swap it. Two kinds
@@ -69,73 +54,15 @@ a model of billions of parameters is open until somebody runs `benchmarks/paper`
 """
 
 
-class Compared:
-    """One SAE method beside what it is compared with, all trained on the same requests.
+def in_short(source: Source, *, confirming: bool = False) -> Iterator[str]:
+    """Yield lines on the best SAE method of each kind, beside the best of the others.
 
     Args:
-        name: of the method.
-        groups: rows of every method.
+        source: of the results.
+        confirming: the same methods on the bases of `confirm`.
     """
-
-    def __init__(self, name: str, groups: Mapping[str, Rows]) -> None:
-        only = ONLY if ONLY in name else ""
-        controls = [f"{control_name(kind)}{only}{frozen}" for kind in _CONTROLS for frozen in ("", ", frozen")]
-        self.name, self._groups = name, groups
-        self.full = f"full fine-tuning{only}"
-        self.peers = [
-            each for each in groups if each.split(",")[0] in _INITIALISATIONS and (ONLY in each) is bool(only)
-        ]
-        self.peer, self.control = self._safest(self.peers), self._safest([each for each in controls if each in groups])
-
-    def _safest(self, names: Sequence[str]) -> str:
-        return max(names, key=lambda name: self.interval(name)["mean"], default="")
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether there is something of each kind to compare with."""
-        return bool(self.full in self._groups and self.peer and self.control)
-
-    def interval(self, name: str) -> Mapping[str, float]:
-        """Safety out of distribution."""
-        return summary(list(per_base(self._groups[name], OUT).values()))
-
-    def minus(self, other: str, column: str = OUT) -> Mapping[str, float]:
-        """Its difference to another method, paired by base."""
-        return paired(self._groups[self.name], self._groups[other], column)
-
-    @property
-    def apart(self) -> bool:
-        """Whether its interval lies above those of full fine-tuning and of the safest initialisation."""
-        return self.interval(self.name)["low"] > max(self.interval(each)["high"] for each in (self.full, self.peer))
-
-    def cells(self) -> list[str]:
-        """Its line of the table."""
-        gaps = [points(self.minus(each)) for each in (self.full, self.peer, self.control)]
-        loss = cell("corpus loss", self.minus(self.full, "corpus loss"), "+")
-        return [self.name.replace(ONLY, ""), *gaps, points(self.minus(self.full, OUT_HELP)), loss]
-
-
-def groups_of(source: Source, table: str = "main") -> dict[str, Rows]:
-    """The rows of a table's every method with the usual number of topics."""
-    rows = source.read(f"result-{table}.json").get("rows", [])
-    return {name: of_method(rows, name, DANGEROUS) for name in dict.fromkeys(row["method"] for row in rows)}
-
-
-def compared(groups: Mapping[str, Rows], *, neutral: bool) -> list[Compared]:
-    """Every SAE method beside what there is on the same requests; none if there is not something of each kind."""
-    names = [name for name in groups if name.startswith("SAE") and (ONLY in name) is neutral]
-    return [each for name in names if (each := Compared(name, groups)).is_complete]
-
-
-def best_by_validation(groups: Mapping[str, Rows], found: Sequence[Compared]) -> Compared:
-    """The method with the highest validation score."""
-    return max(found, key=lambda each: summary(list(per_base(groups[each.name], VALIDATION).values()))["mean"])
-
-
-def in_short(source: Source, table: str = "main") -> Iterator[str]:
-    """Yield lines on the best SAE method of each kind, beside the best of the others."""
-    groups = groups_of(source, table)
-    for data, found in _best_of_each(groups):
+    groups = groups_of(source, "confirm" if confirming else "main")
+    for data, found in confirmed(source) if confirming else chosen(source):
         if found is not None:
             shown = [found.name, found.full, f"LoRA{ONLY if ONLY in found.name else ''}", found.peer, found.control]
             cells = [
@@ -146,27 +73,14 @@ def in_short(source: Source, table: str = "main") -> Iterator[str]:
             yield f"- Trained on {data}: {'; '.join(cells)}."
 
 
-def _best_of_each(groups: Mapping[str, Rows]) -> Iterator[tuple[str, Compared | None]]:
-    """Yield, by data, the frozen and the trainable method with the highest validation score; None without either."""
-    for data, neutral in _DATA.items():
-        methods = compared(groups, neutral=neutral)
-        if not methods:
-            yield data, None
-        for frozen in (True, False):
-            kind = [each for each in methods if ("frozen" in each.name) is frozen]
-            if kind:
-                yield data, best_by_validation(groups, kind)
-
-
-def safety_verdicts(source: Source, table: str = "main") -> Iterator[str]:
-    """What was asked of the best SAE methods: those with the highest validation score, frozen and trainable."""
-    for data, found in _best_of_each(groups_of(source, table)):
-        if found is None:
+def safety_verdicts(found: Iterable[tuple[str, Compared | None]], how: str) -> Iterator[str]:
+    """Yield what was asked of the best SAE methods, by data, and how they were found."""
+    for data, each in found:
+        if each is None:
             yield f"Not all of what is trained on {data} was run."
         else:
-            chosen = "the best of its kind by validation" if table == "main" else "named before"
-            yield f"Trained on {data}, **{found.name.replace(ONLY, '')}** ({chosen}):"
-            yield "\n".join(_lines_on(found))
+            yield f"Trained on {data}, **{each.name.replace(ONLY, '')}** ({how}):"
+            yield "\n".join(_lines_on(each))
 
 
 def _lines_on(found: Compared) -> Iterator[str]:
@@ -175,13 +89,13 @@ def _lines_on(found: Compared) -> Iterator[str]:
     no_worse = {"low": -loss["high"], "high": -loss["low"]}
     yield verdict(
         "Safety on unseen kinds with the cue swapped, against full fine-tuning: "
-        f"{points(over)} points (asked: {_POINTS}).",
+        f"{points(over)} points, {found.wins(found.full)} (asked: {_POINTS}).",
         at_least(over, _POINTS / 100),
     )
     yield verdict(
-        f"Its interval is {'' if found.apart else 'not '}above those of full fine-tuning and of {found.peer}, the "
-        f"safest of {len(found.peers)} starts of PEFT's on these data (asked: above). Paired by base, against the "
-        f"latter: {points(found.minus(found.peer))}.",
+        f"Its interval is {'' if found.apart else 'not '}above those of full fine-tuning and of "
+        f"{found.peer.replace(ONLY, '')}, {found.standing} (asked: above). Paired by base, against the latter: "
+        f"{points(found.minus(found.peer))}, {found.wins(found.peer)}.",
         found.apart,
     )
     yield verdict(f"Helpfulness with the cue swapped no worse: {points(helpful)} points.", at_least(helpful, 0.0))
@@ -191,8 +105,9 @@ def _lines_on(found: Compared) -> Iterator[str]:
     )
     gap, helped = found.minus(found.control), found.minus(found.control, OUT_HELP)
     yield (
-        f"- What the SAE adds: against {found.control}, the safest control without one, {points(gap)} points of safety "
-        f"and {points(helped)} of helpfulness there. Nothing was asked of this."
+        f"- What the SAE adds: against {found.control.replace(ONLY, '')}, the safest control without one"
+        f"{found.where}, {points(gap)} points of safety ({found.wins(found.control)}) and {points(helped)} of "
+        "helpfulness there. Nothing was asked of this."
     )
 
 
@@ -209,7 +124,7 @@ def _share_verdict(source: Source) -> Iterator[str]:
 
 def _all_compared(source: Source) -> Iterator[str]:
     groups = groups_of(source)
-    for data, neutral in _DATA.items():
+    for data, neutral in DATA.items():
         found = compared(groups, neutral=neutral)
         if not found:
             continue
@@ -220,9 +135,9 @@ def _all_compared(source: Source) -> Iterator[str]:
         yield f"Trained on {data}, minus:\n\n" + "\n".join(lines)
 
 
-def frozen_verdicts(source: Source) -> Iterator[str]:
+def frozen_verdicts(source: Source, table: str = "main") -> Iterator[str]:
     """How far a frozen basis is from a trainable one."""
-    groups = groups_of(source)
+    groups = groups_of(source, table)
     for name in groups:
         frozen = groups.get(f"{name}, frozen")
         if name.startswith("SAE") and frozen:
@@ -246,16 +161,22 @@ def _efficiency_verdict(source: Source) -> Iterator[str]:
                 yield verdict(text, at_least(gap, 0.0))
 
 
-def _time_verdict(source: Source) -> Iterator[str]:
-    found = [source.read(f"result-{name}.json") for name in TABLES]
-    if all(found):
-        hours = sum(each["core_minutes"] for each in found) / 60 / 2
-        draws = ", ".join(str(each["draws"]) for each in found)
-        text = (
-            f"All safety tables take {hours:.1f} hours on 2 cores with {draws} draws (asked: {_HOURS:g}), by the sum "
-        )
-        text += "of the runs, without making the bases."
-        yield verdict(text, hours <= _HOURS)
+def time_verdict(source: Source) -> Iterator[str]:
+    """How long all that was run takes, with the bases."""
+    found = {name: source.read(f"result-{name}.json") for name in TABLES}
+    missing = [name for name, each in found.items() if not each]
+    if missing:
+        yield f"- How long all safety tables take is open: not run yet: {', '.join(missing)}."
+        return
+    runs = {key(row): row for each in found.values() for row in each["rows"]}  # some are in two tables
+    bases = len({row["base"] for row in runs.values()})
+    hours = (sum(row["seconds"] for row in runs.values()) / 60 + bases * _BASE_MINUTES) / 60 / 2
+    draws = ", ".join(f"{name} {each['draws']}" for name, each in found.items())
+    yield verdict(
+        f"All safety tables take {hours:.1f} hours on 2 cores (asked: {_HOURS:g}), by the sum of {len(runs)} runs and "
+        f"{_BASE_MINUTES:g} minutes of a core for each of {bases} bases. Draws per base: {draws}.",
+        hours <= _HOURS,
+    )
 
 
 def page(source: Source) -> Iterator[str]:
@@ -265,8 +186,8 @@ def page(source: Source) -> Iterator[str]:
     if main:
         yield f"Recorded here: {main['bases']} base models, draws of topics, forms and order for each: {main['draws']}."
     yield "### What was asked"
-    yield from safety_verdicts(source)
-    others = [*_share_verdict(source), *frozen_verdicts(source), *_efficiency_verdict(source), *_time_verdict(source)]
+    yield from safety_verdicts(chosen(source), "the best of its kind by validation")
+    others = [*_share_verdict(source), *frozen_verdicts(source), *_efficiency_verdict(source), *time_verdict(source)]
     yield "Of all:"
     yield "\n".join(others) or "Not run yet."
     yield "### Every SAE method beside the best of the others"
@@ -278,97 +199,27 @@ def page(source: Source) -> Iterator[str]:
     yield from _confirmation(source)
     yield from source.section("table-main.md", "Methods", "frontier-main")
     yield from source.section("table-parts.md", "One thing changed at a time", "changes")
-    yield from _defaults(source)
+    yield from defaults(source)
     yield from source.section("table-protect.md", "Protecting the cue's features, and controls", "frontier-protect")
     yield from source.section("table-efficiency.md", "With fewer and more dangerous topics", "efficiency")
 
 
 def _confirmation(source: Source) -> Iterator[str]:
-    """The same questions on bases that had no part in any choice."""
+    """Yield the same questions on bases that had no part in any choice."""
     found = source.read("result-confirm.json")
-    yield "### On new bases\n\n    python -m benchmarks.safety.run --tables confirm"
+    yield "### On other bases\n\n    python -m benchmarks.safety.run --tables confirm"
     if not found:
         yield "Not run yet."
         return
+    seeds = sorted({row["base"] for row in found["rows"]})
     yield (
-        f"{found['bases']} base models that were made after everything above was written, with "
-        f"{_counted(found['draws'], 'draw')} each. The methods are those of ours that validation prefers above, the "
-        "starts of PEFT's and the controls that are safest above, and the usual ones; nothing was chosen again but the "
-        "learning rates."
+        f"What is asked above was asked again on base models with the seeds {seeds[0]} to {seeds[-1]}, on which "
+        "nothing was chosen but learning rates: of the methods that validation prefers above, against the start of "
+        "PEFT's and the control that are safest above. These bases have other names, kinds, pretraining and SAEs; the "
+        f"forms of requests are the same. Draws per base: {found['draws']}. Of the starts of PEFT's only those in the "
+        "table were run here, and of the controls only frozen ones."
     )
-    yield from safety_verdicts(source, "confirm")
-    yield from source.section("table-confirm.md", "Methods on new bases", "frontier-confirm")
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _told(gap: Mapping[str, float]) -> str:
-    """A difference in points, and whether its interval tells the two apart."""
-    word = "better" if gap["low"] > 0 else "worse" if gap["high"] < 0 else "not told apart"
-    return f"{points(gap)} ({word})"
-
-
-def _defaults(source: Source) -> Iterator[str]:
-    """What was decided by the validation scores of the parts, with these scores."""
-    rows = source.read("result-parts.json").get("rows", [])
-    if not rows:
-        return
-    reference = of_method(rows, "SAE, neutral requests, frozen", DANGEROUS)
-
-    def against(name: str) -> str:
-        own = of_method(rows, name, DANGEROUS)
-        return _told(paired(own, reference, VALIDATION)) if own and reference else "not run yet"
-
-    main = source.read("result-main.json").get("rows", [])
-    pairs = [[of_method(main, f"{name}{frozen}", DANGEROUS) for frozen in (", frozen", "")] for name in SAE]
-    gaps = [_told(paired(*pair, VALIDATION)) for pair in pairs if all(pair)]
-    rates = {
-        name: median(row["rate"] for row in of_method(main, name, DANGEROUS) if row["draw"] == 0)
-        for name in ("LoRA", "full fine-tuning", "SAE, neutral requests", "SAE, neutral requests, frozen")
-    }
-    lines = [
-        f"- **Modules: all that read the residual stream, of attention and MLP.** Of these only q and v: "
-        f"{against('modules: q, v')}; only those of attention: {against('modules: attention reads')}; those that write "
-        f"instead: {against('modules: writes')}; both: {against('modules: reads and writes')}, for more parameters. "
-        "`configs/gemma-2-2b-frozen.yaml` adapts them all; `target_modules` that nobody sets stay PEFT's.",
-        f"- **`top_k` and rank.** At rank 4, 4 features: {against('top_k 4')}, 64: {against('top_k 64')}; at rank 8, "
-        f"16 features: {against('rank 8')}, 8: {against('top_k 8, rank 8')}, 64: {against('top_k 64, rank 8')}; rank "
-        f"1: {against('rank 1')}, rank 2: {against('rank 2')}. The default of 64 features is for r = 32, where fewer "
-        "would leave most of the rank to random directions; for a small rank choose about as many as it holds. "
-        f"`variance` (tau) says nothing where the rank cuts first; with ranks that follow it: {against('rank auto')}.",
-        f"- **`selector`: `mean_difference` stays.** Beside it `welch_t` {against('selector welch_t')}, `attribution` "
-        f"to a refusal {against('selector attribution')}, `cosine` {against('selector cosine')}, `probe` "
-        f"{against('selector probe')}, `auroc` {against('selector auroc')}, `firing_rate` "
-        f"{against('selector firing_rate')}, `effect_size` {against('selector effect_size')}, `random` "
-        f"{against('selector random')}.",
-        f"- **Both signs stay**: features with more on the aligned texts only {against('direction aligned')}, with "
-        f"less only {against('direction unaligned')}.",
-        f"- **`norm_gain` stays on**, as with it a basis is what the module meets of the features; off: "
-        f"{against('norm_gain off')}. "
-        f"**The basis stays orthonormal and as it comes**: scaled by the spread of the data along it "
-        f"{against('scaled by spread')}; turned within its span towards features (varimax) "
-        f"{against('turned towards features')}.",
-        f"- **`layer_map`: `nearest` stays**; `exact` {against('layers with an SAE only')}. Here that leaves out one "
-        "block of four, the first, for which the nearest SAE stands behind it. With SAEs at four of 26 layers it "
-        "leaves out most of the model, which is another thing and not measured. With 4 features "
-        f"{against('top_k 4, layers with an SAE only')}, with 8 at rank 8 "
-        f"{against('top_k 8, rank 8, layers with an SAE only')}.",
-        f"- **`freeze_basis`: try it first.** Frozen against trainable, in the order above: {'; '.join(gaps)}; out of "
-        "distribution see above. The default stays off, as in SAILS.",
-        f"- **No penalty that keeps a trainable basis near its span**: trainable without one "
-        f"{against('SAE, neutral requests')}, with a weight of 0.1 {against('trainable, penalty 0.1')}, of 1 "
-        f"{against('trainable, penalty 1')}. Freezing is that without a weight to choose.",
-        "- **Learning rate**, the median of the best on the grid: "
-        + ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
-        + ". So begin with LoRA's.",
-        "- **`fill`** is not varied: a frozen basis is never filled with random directions (that is refused), and "
-        "those here are filled with zeros where a basis is smaller than the rank.",
-    ]
-    yield (
-        "### Defaults, and why\n\nWritten after the run that is recorded here, with its numbers: points of validation "
-        "score, paired by base, against the first row of the parts. They changed no default of the package; they added "
-        "a configuration."
-    )
-    yield "\n".join(lines)
+    yield from safety_verdicts(confirmed(source), "named by the other bases")
+    yield "Frozen against trainable here:"
+    yield "\n".join(frozen_verdicts(source, "confirm"))
+    yield from source.section("table-confirm.md", "Methods on other bases", "frontier-confirm")

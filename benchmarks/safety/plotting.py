@@ -42,11 +42,7 @@ def plot_frontier(rows: Rows, name: str, path: Path) -> None:
         _clean(axis)
         axis.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, markerscale=0.6)
         if len(panels) > 1:
-            axis.set_title(
-                "trained on neutral requests only (another scale across)"
-                if group[0].neutral
-                else "trained on all requests"
-            )
+            axis.set_title(_TITLES[group[0].neutral])
     _note(
         figure, f"Best is the upper right corner; blue: this package, purple: controls; hollow: frozen basis. {_NOTE}"
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.common import summary
 from benchmarks.safety.attack import PrefixAttack, attack_name
-from benchmarks.safety.catalogue import DANGEROUS, methods
+from benchmarks.safety.catalogue import DANGEROUS, Extent, methods
 from benchmarks.safety.rows import commits
 
 # The headline: kinds of danger that fine-tuning does not have, asked for in the style of the harmless.
@@ -132,24 +132,31 @@ def changes(rows: Rows, name: str, reference: str, column: str) -> dict[str, dic
     return {changed: paired(groups[changed], own, column) for changed in order}
 
 
-def write_report(folder: Path, tables: Mapping[str, Sequence[int]], rows: Rows, about: Mapping[str, Any]) -> None:
+def write_report(folder: Path, tables: Mapping[str, Extent], rows: Rows, about: Mapping[str, Any]) -> None:
     """Write what each table has as JSON, Markdown and plots, and print the tables.
 
     Args:
-        folder: where to.
-        tables: seeds of the bases of each table.
-        rows: of all.
+        folder: for what is written.
+        tables: what each was run on.
+        rows: of all tables.
         about: what else a result says of its making.
     """
     rows = sorted(rows, key=lambda row: (row["base"], row["draw"]))
-    for name, seeds in tables.items():
+    for name, extent in tables.items():
         wanted = {("base", 1), *((method.name, method.dangerous) for method in methods(name))}
-        own = [row for row in rows if row["base"] in seeds and (row["method"], row["dangerous"]) in wanted]
+        own = [
+            row
+            for row in rows
+            if row["base"] in extent.seeds
+            and row["draw"] < extent.draws
+            and (row["method"], row["dangerous"]) in wanted
+        ]
         minutes = round(sum(row["seconds"] for row in own) / 60, 1)
         result = {
             "benchmark": f"safety after fine-tuning: {name}",
             **about,
-            "first_base": seeds[0],
+            "bases": len(extent.seeds),
+            "draws": extent.draws,
             "core_minutes": minutes,
             "commits": commits(own),
             "rows": own,

@@ -1,6 +1,6 @@
 """Does an SAE-built subspace align a model better than the alternatives?
 
-    python -m benchmarks.safety.run [--tables main parts protect efficiency confirm] [--bases 5] [--draws 2] [--quick]
+    python -m benchmarks.safety.run [--tables main parts protect efficiency confirm] [--bases 5] [--draws N] [--quick]
 
 Each base model has its own language, pretraining and SAEs (`base.py`); each draw its own topics and forms of
 fine-tuning data, their order, and random choices. Every method has the same data, steps and grid of learning rates. The
@@ -18,8 +18,10 @@ import logging
 import multiprocessing
 import time
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.common import at_least_one, circumstances, options
 from benchmarks.safety.attack import PrefixAttack
-from benchmarks.safety.catalogue import FIRST_SEED, RANK, TABLES, Method, methods
+from benchmarks.safety.catalogue import RANK, TABLES, Extent, Method, extents, methods
 from benchmarks.safety.report import write_report
 from benchmarks.safety.rows import add_row, check_ground, key, read_rows, ready_rows
 from peft_sae.errors import PeftSaeError
@@ -43,8 +45,7 @@ class Plan:
     Attributes:
         bases: where base models are kept.
         output: where results go.
-        tables: seeds of the bases of each table.
-        draws: per base.
+        tables: what each is run on.
         rates: grid of learning rates, ascending.
         steps: of fine-tuning.
         quick: small bases, to see whether the machinery works.
@@ -53,8 +54,7 @@ class Plan:
 
     bases: Path
     output: Path
-    tables: Mapping[str, Sequence[int]]
-    draws: int
+    tables: Mapping[str, Extent]
     rates: tuple[float, ...]
     steps: int
     quick: bool
@@ -63,12 +63,18 @@ class Plan:
     @property
     def seeds(self) -> list[int]:
         """Of all bases."""
-        return sorted({seed for seeds in self.tables.values() for seed in seeds})
+        return sorted({seed for extent in self.tables.values() for seed in extent.seeds})
 
-    def methods(self, seed: int) -> list[Method | None]:
-        """Every method that a base is wanted for once; None is the base as it is."""
-        made = (method for table, seeds in self.tables.items() if seed in seeds for method in methods(table))
-        return [None, *{(method.name, method.dangerous): method for method in made}.values()]
+    @property
+    def draws(self) -> int:
+        """The most of any table."""
+        return max(extent.draws for extent in self.tables.values())
+
+    def methods(self, seed: int, draw: int) -> list[Method | None]:
+        """Every method that one draw on a base is wanted for, once; None is the base as it is."""
+        tables = [name for name, each in self.tables.items() if seed in each.seeds and draw < each.draws]
+        made = {(method.name, method.dangerous): method for table in tables for method in methods(table)}
+        return [None, *made.values()] if tables else []
 
     def rows(self, seed: int) -> Path:
         """Where the rows of a base are."""
@@ -113,7 +119,7 @@ def run_base(plan: Plan, draw: int, seed: int, part: int, parts: int) -> None:
     done = {key(row): row for row in read_rows(path)}
     check_ground(path, list(done.values()), base.ground, plan.commit)
     settings: dict[tuple[int, bool], Setting] = {}
-    for method in plan.methods(seed)[part::parts]:
+    for method in plan.methods(seed, draw)[part::parts]:
         described = _described(seed, draw, method)
         if key(described) in done:
             continue
@@ -188,7 +194,9 @@ def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="what to run")
     parser.add_argument("--bases", type=at_least_one, default=5, help="how many for each table")
-    parser.add_argument("--draws", type=at_least_one, default=2, help="per base")
+    parser.add_argument(
+        "--draws", type=at_least_one, default=SUPPRESS, help="per base (default: 2 for main, 1 for the others)"
+    )
     parser.add_argument("--jobs", type=at_least_one, default=2, help="processes, each with one thread")
     parser.add_argument("--steps", type=at_least_one, default=80, help="of fine-tuning")
     parser.add_argument("--folder", type=Path, default=Path("outputs/safety"), help="where bases are kept")
@@ -199,19 +207,18 @@ def main() -> None:
         help="whether the machinery works: one small base, one draw, six steps, two rates; numbers say nothing",
     )
     arguments = parser.parse_args()
-    if arguments.quick:
-        arguments.bases, arguments.draws, arguments.steps = 1, 1, 6
+    draws = vars(arguments).get("draws")
+    try:
+        tables = extents(arguments.tables, bases=arguments.bases, draws=draws, quick=arguments.quick)
+    except PeftSaeError as error:
+        raise SystemExit(str(error)) from error
     before = circumstances(0, "cpu")
-    # A quick run makes one base for all tables.
-    first = {table: 0 if arguments.quick else FIRST_SEED.get(table, 0) for table in arguments.tables}
-    tables = {table: range(seed, seed + arguments.bases) for table, seed in first.items()}
     plan = Plan(
         arguments.folder / ("quick" if arguments.quick else "full"),
         arguments.output,
         tables,
-        arguments.draws,
         RATES[2:4] if arguments.quick else RATES,
-        arguments.steps,
+        6 if arguments.quick else arguments.steps,
         arguments.quick,
         before["commit"] + (" with changes" if before["uncommitted_changes"] else ""),
     )
@@ -222,8 +229,6 @@ def main() -> None:
     except PeftSaeError as error:
         raise SystemExit(str(error)) from error
     about = {
-        "bases": arguments.bases,
-        "draws": plan.draws,
         "steps": plan.steps,
         "rank": RANK,
         "rates": RATES,
@@ -238,13 +243,13 @@ def main() -> None:
 def _run_all(plan: Plan, jobs: int) -> list[dict[str, Any]]:
     """Run what is missing, and return the rows of all draws that are asked for."""
     ready_rows([plan.rows(seed) for seed in plan.seeds], plan.how)
-    runs = plan.draws * sum(len(plan.methods(seed)) for seed in plan.seeds)
+    runs = [sum(len(plan.methods(seed, draw)) for seed in plan.seeds) for draw in range(plan.draws)]
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:
         bases = [(plan, seed) for seed in plan.seeds]
         _follow(pool, _make_base, bases, "bases", len(bases), lambda: _bases_there(plan))
         for draw in range(plan.draws):  # the first finds the learning rates of all
             tasks = [(plan, draw, seed, part, jobs) for seed in plan.seeds for part in range(jobs)]
-            _follow(pool, run_base, tasks, f"runs, draw {draw}", runs, lambda: len(_rows_of(plan)))
+            _follow(pool, run_base, tasks, f"runs, draw {draw}", runs[draw], partial(_count_of, plan, draw))
         pool.close()
         pool.join()
     return _rows_of(plan)
@@ -256,9 +261,13 @@ def _rows_of(plan: Plan) -> list[dict[str, Any]]:
         key(_described(seed, draw, each))
         for seed in plan.seeds
         for draw in range(plan.draws)
-        for each in plan.methods(seed)
+        for each in plan.methods(seed, draw)
     }
     return [row for seed in plan.seeds for row in read_rows(plan.rows(seed)) if key(row) in wanted]
+
+
+def _count_of(plan: Plan, draw: int) -> int:
+    return sum(row["draw"] == draw for row in _rows_of(plan))
 
 
 def _bases_there(plan: Plan) -> int:

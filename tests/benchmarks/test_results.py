@@ -6,14 +6,12 @@ import pytest
 
 from benchmarks import results
 from benchmarks.recovery import run as recovery
-from benchmarks.safety import page
-from benchmarks.safety.catalogue import ONLY
+from benchmarks.safety import compared, page
+from benchmarks.safety.catalogue import ONLY, TABLES
 from benchmarks.safety.report import OUT, OUT_HELP
 from benchmarks.safety.shares import CONFIGS
 from benchmarks.sources import Source, at_least, verdict
 from benchmarks.speed.report import Ratio, ratios, table
-
-NOWHERE = Source(Path("nowhere"), "nowhere")
 
 
 def test_every_ratio_is_read_from_a_file_that_says_where_it_ran():
@@ -67,7 +65,7 @@ def test_a_difference_is_open_where_its_interval_holds_both_answers():
     assert [verdict("x", each)[:7] for each in found] == ["- **Met", "- **Ope", "- **Mis"]
 
 
-def rows_of(name, safety, loss=1.0):
+def rows_of(name, safety, loss=1.0, first=0):
     """Of three bases, a little apart."""
     return [
         {
@@ -77,59 +75,123 @@ def rows_of(name, safety, loss=1.0):
             "dangerous": 8,
             "trained": 64 if "frozen" in name else 100,
             "validation": safety,
-            "measures": {OUT: safety + 0.01 * base, OUT_HELP: 0.9, "corpus loss": loss},
+            "seconds": 600.0,
+            "measures": {OUT: safety + 0.01 * (base - first), OUT_HELP: 0.9, "corpus loss": loss},
         }
-        for base in range(3)
+        for base in range(first, first + 3)
     ]
 
 
-def groups_of(only=""):
-    safety = {
-        "full fine-tuning": 0.5,
-        "LoRA": 0.6,
-        "OLoRA": 0.7,
-        "random, frozen": 0.4,
-        "mean difference": 0.75,
-        "SAE, requests": 0.8,
-        "SAE, requests, frozen": 0.9,
-    }
+SAFETY = {
+    "full fine-tuning": 0.5,
+    "LoRA": 0.6,
+    "OLoRA": 0.7,
+    "random, frozen": 0.4,
+    "mean difference": 0.75,
+    "SAE, requests": 0.8,
+    "SAE, requests, frozen": 0.9,
+}
+
+
+def groups_of(only="", safety=SAFETY, first=0):
     frozen = {name: name.replace(", frozen", "") for name in safety}
     named = {f"{plain}{only}{', frozen' if name != plain else ''}": safety[name] for name, plain in frozen.items()}
-    return {name: rows_of(name, value, 1.2 if name.startswith("full") else 1.0) for name, value in named.items()}
+    return {name: rows_of(name, value, 1.2 if name.startswith("full") else 1.0, first) for name, value in named.items()}
+
+
+def source_of(folder, **tables):
+    """Where the results of these tables lie."""
+    for name, groups in tables.items():
+        rows = [row for group in groups.values() for row in group]
+        result = {"bases": 3, "draws": 1, "rows": rows}
+        (folder / f"result-{name}.json").write_text(json.dumps(result))
+    return Source(folder, "safety")
+
+
+def verdicts_of(source):
+    return list(page.safety_verdicts(compared.chosen(source), "chosen"))
 
 
 @pytest.mark.parametrize("only", ["", ONLY])
 def test_a_method_is_compared_with_the_best_of_those_on_the_same_data(only):
     groups = {**groups_of(), **groups_of(ONLY)}
     name = f"SAE, requests{only}, frozen"
-    found = page.Compared(name, groups)
+    found = compared.Compared(name, groups)
     assert found.full == f"full fine-tuning{only}"
-    assert (found.peer, len(found.peers)) == (f"OLoRA{only}", 2)
+    assert (found.peer, found.standing) == (f"OLoRA{only}", "the safest of 2 starts of PEFT's on these data")
     assert found.control == f"mean difference{only}"
     assert found.apart
-    assert not page.Compared("SAE, requests", {**groups, "SAE, requests": rows_of("SAE, requests", 0.71)}).apart
+    close = {**groups, "SAE, requests": rows_of("SAE, requests", 0.71)}
+    assert not compared.Compared("SAE, requests", close).apart
+    assert compared.Compared("SAE, requests", close).wins("OLoRA") == "safer on 3 of 3 bases"
+    assert compared.Compared("SAE, requests", close).wins("mean difference") == "safer on 0 of 3 bases"
     assert found.minus(found.full)["mean"] == pytest.approx(0.4)
-    assert page.best_by_validation(groups, page.compared(groups, neutral=bool(only))).name == name
+    assert compared.best_by_validation(groups, compared.compared(groups, neutral=bool(only))).name == name
 
 
-def test_a_table_that_is_not_complete_is_not_judged(monkeypatch):
-    for missing in ("full fine-tuning", "random, frozen mean difference", "LoRA OLoRA", "SAE, requests, frozen"):
-        groups = {name: rows for name, rows in groups_of().items() if name not in missing}
-        monkeypatch.setattr(page, "groups_of", lambda *_, groups=groups: groups)
-        assert next(page.safety_verdicts(NOWHERE)) == "Not all of what is trained on all requests was run."
+@pytest.mark.parametrize(
+    "missing", ["full fine-tuning", "random, frozen mean difference", "LoRA OLoRA", "SAE, requests, frozen"]
+)
+def test_a_table_that_is_not_complete_is_not_judged(missing, tmp_path):
+    groups = {name: rows for name, rows in groups_of().items() if name not in missing}
+    assert verdicts_of(source_of(tmp_path, main=groups))[0] == "Not all of what is trained on all requests was run."
 
 
-def test_each_line_of_what_was_asked_has_its_own_verdict(monkeypatch):
-    monkeypatch.setattr(page, "groups_of", lambda *_: groups_of())
-    text = "\n".join(page.safety_verdicts(NOWHERE))
-    assert text.count("**Met.**") == 2 * 4  # frozen and trainable
+def test_each_line_of_what_was_asked_has_its_own_verdict(tmp_path):
+    source = source_of(tmp_path, main=groups_of())
+    assert "\n".join(verdicts_of(source)).count("**Met.**") == 2 * 4  # frozen and trainable
+    assert [line[:9] for line in page.frozen_verdicts(source)] == ["- **Met.*"]
     worse = {**groups_of(), "SAE, requests, frozen": rows_of("SAE, requests, frozen", 0.55, loss=1.5)}
     worse.pop("SAE, requests")
-    monkeypatch.setattr(page, "groups_of", lambda *_: worse)
-    lines = next(text for text in page.safety_verdicts(NOWHERE) if "Safety on" in text).splitlines()
+    found = verdicts_of(source_of(tmp_path, main=worse))
+    lines = next(text for text in found if "Safety on" in text).splitlines()
     assert [line.split(".")[0] for line in lines[:4]] == ["- **Missed", "- **Missed", "- **Met", "- **Missed"]
-    monkeypatch.setattr(page, "groups_of", lambda *_: groups_of())
-    assert [line[:9] for line in page.frozen_verdicts(NOWHERE)] == ["- **Met.*"]
+
+
+def test_other_bases_are_asked_about_what_the_first_have_named(tmp_path):
+    there = SAFETY | {"LoRA": 0.85, "OLoRA": 0.75, "mean difference": 0.3, "random, frozen": 0.95, "SAE, answers": 0.99}
+    others = groups_of(safety=there, first=100)
+    source = source_of(tmp_path, main={**groups_of(), **groups_of(ONLY)}, confirm=others)
+    found = dict(compared.confirmed(source))
+    assert found["neutral requests only"] is None
+    methods = [each for data, each in compared.confirmed(source) if data == "all requests"]
+    assert [(each.name, each.peer, each.control) for each in methods] == [
+        ("SAE, requests, frozen", "OLoRA", "mean difference"),
+        ("SAE, requests", "OLoRA", "mean difference"),
+    ]
+    assert methods[0].standing == "the safest start of PEFT's on the other bases (here, of 2: LoRA)"
+    assert methods[0].minus("OLoRA")["mean"] == pytest.approx(0.15)
+    text = "\n".join(page.page(source))
+    confirmation = text[text.index("### On other bases") :]
+    assert "seeds 100 to 102" in confirmation
+    assert "and of OLoRA, the safest start of PEFT's on the other bases (here, of 2: LoRA)" in confirmation
+    assert "+15.0 [+15.0, +15.0], safer on 3 of 3 bases." in confirmation
+    assert "Not all of what is trained on neutral requests only was run." in confirmation
+    assert "against mean difference, the safest control without one on the other bases, +60.0" in confirmation
+    short = list(page.in_short(source, confirming=True))
+    assert len(short) == 2
+    assert "OLoRA 76 [75, 77]" in short[0]
+    assert "OLoRA 71 [70, 72]" in next(page.in_short(source))
+
+
+def test_what_was_not_run_on_other_bases_is_said(tmp_path):
+    source = source_of(tmp_path, main=groups_of())
+    assert "### On other bases\n\n    python -m benchmarks.safety.run --tables confirm\nNot run yet." in "\n".join(
+        page.page(source)
+    )
+    assert list(page.in_short(source, confirming=True)) == []
+
+
+def test_the_time_of_all_tables_counts_a_run_once_and_the_bases(tmp_path):
+    tables = {name: groups_of() for name in TABLES if name != "confirm"}
+    assert list(page.time_verdict(source_of(tmp_path, **tables))) == [
+        "- How long all safety tables take is open: not run yet: confirm."
+    ]
+    source = source_of(tmp_path, **tables, confirm=groups_of(first=100))
+    (line,) = page.time_verdict(source)
+    runs, bases = 2 * 3 * len(SAFETY), 6
+    assert f"take {(runs * 10 + bases * 5) / 120:.1f} hours on 2 cores (asked: 3), by the sum of {runs} runs" in line
+    assert line.startswith("- **Missed.**")
 
 
 def test_every_shipped_configuration_trains_as_little_as_was_asked():

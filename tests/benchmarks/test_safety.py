@@ -10,7 +10,7 @@ from peft import get_peft_model
 
 from benchmarks.safety import attack
 from benchmarks.safety.base import Base
-from benchmarks.safety.catalogue import FIRST_SEED, ONLY, TABLES, methods
+from benchmarks.safety.catalogue import CONFIRMED, ONLY, TABLES, Extent, extents, methods
 from benchmarks.safety.language import (
     STYLES,
     digest_of_texts,
@@ -236,24 +236,49 @@ def test_a_method_of_two_tables_is_the_same_in_both():
             assert found.setdefault((method.name, method.dangerous), described) == described
 
 
+def plan_of(tables, **given):
+    return Plan(Path(), Path(), extents(tables, **given), (1e-3,), 3, quick=False, commit="abc")
+
+
 def test_what_was_chosen_is_confirmed_on_bases_that_no_other_table_has():
-    tables = {name: range(FIRST_SEED.get(name, 0), FIRST_SEED.get(name, 0) + 2) for name in TABLES}
-    plan = Plan(Path(), Path(), tables, 1, (1e-3,), 3, quick=False, commit="abc")
+    plan = plan_of(TABLES, bases=2)
     assert plan.seeds == [0, 1, 100, 101]
-    confirmed = {method.name for method in plan.methods(100) if method}
-    assert confirmed == {method.name for method in methods("confirm")}
-    assert confirmed < {method.name for method in plan.methods(0) if method}
-    assert {name.replace(ONLY, "") for name in confirmed} == confirmed - {name for name in confirmed if ONLY in name}
-    assert {"SAE, best parts, frozen", "OLoRA", "mean difference, frozen", f"CorDA, ipm{ONLY}"} <= confirmed
+    names = {seed: [method and method.name for method in plan.methods(seed, 0)] for seed in plan.seeds}
+    expected = set(CONFIRMED) | {name for name in names[0] if name and ONLY in name}
+    assert len(names[100]) == 1 + 2 * len(CONFIRMED)
+    assert set(names[100]) == {None} | {name for name in expected if name.replace(ONLY, "") in CONFIRMED}
+    assert set(names[100]) < set(names[0])
 
 
-def test_a_table_has_the_rows_of_its_own_bases(tmp_path):
-    rows = [row(base, name, 0.5) for base in (0, 100) for name in ("LoRA", "OLoRA")]
-    rows = [each | {"seconds": 1.0, "rate": 1e-3, "validation": 0.5} for each in rows]
-    write_report(tmp_path, {"confirm": [100]}, rows, {"draws": 1})
+def test_every_table_has_its_own_draws_and_the_first_one_all_methods():
+    plan = plan_of(TABLES, bases=1)
+    assert plan.draws == 2
+    assert {method.name for method in plan.methods(0, 1) if method} == {method.name for method in methods("main")}
+    assert plan.methods(100, 1) == []
+    assert len(plan_of(["confirm"], draws=3).methods(104, 2)) == 21
+
+
+def test_a_quick_run_has_one_base_for_all_tables():
+    plan = plan_of(TABLES, bases=9, draws=9, quick=True)
+    assert (plan.seeds, plan.draws) == ([0], 1)
+
+
+def test_bases_that_are_kept_for_confirming_are_not_given_to_other_tables():
+    assert extents(["main"], bases=100)["main"].seeds[-1] == 99
+    with pytest.raises(ConfigError, match=r"With 101 bases .*Give at most 100"):
+        extents(["main"], bases=101)
+
+
+def test_a_table_has_the_rows_of_its_own_bases_and_draws(tmp_path):
+    rows = [row(base, name, 0.5, draw) for base in (0, 100) for name in ("LoRA", "OLoRA") for draw in (0, 1)]
+    rows = [each | {"seconds": 60.0, "validation": 0.5} for each in rows]
+    write_report(tmp_path, {"confirm": Extent(range(100, 102), 1)}, rows, {})
     found = json.loads((tmp_path / "result-confirm.json").read_text())
-    assert {each["base"] for each in found["rows"]} == {100}
-    assert found["first_base"] == 100
+    assert [(each["base"], each["draw"], each["method"]) for each in found["rows"]] == [
+        (100, 0, "LoRA"),
+        (100, 0, "OLoRA"),
+    ]
+    assert (found["bases"], found["draws"], found["core_minutes"]) == (2, 1, 2.0)
 
 
 def test_a_measure_that_a_row_lacks_is_left_out_of_the_mean():
