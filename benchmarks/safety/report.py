@@ -132,6 +132,16 @@ def changes(rows: Rows, name: str, reference: str, column: str) -> dict[str, dic
     return {changed: paired(groups[changed], own, column) for changed in order}
 
 
+def rows_of_table(rows: Rows, name: str, extent: Extent) -> Rows:
+    """The rows of a table's methods, on its own bases and draws."""
+    wanted = {("base", 1), *((method.name, method.dangerous) for method in methods(name))}
+    return [
+        row
+        for row in rows
+        if row["base"] in extent.seeds and row["draw"] < extent.draws and (row["method"], row["dangerous"]) in wanted
+    ]
+
+
 def write_report(folder: Path, tables: Mapping[str, Extent], rows: Rows, about: Mapping[str, Any]) -> None:
     """Write what each table has as JSON, Markdown and plots, and print the tables.
 
@@ -143,14 +153,7 @@ def write_report(folder: Path, tables: Mapping[str, Extent], rows: Rows, about: 
     """
     rows = sorted(rows, key=lambda row: (row["base"], row["draw"]))
     for name, extent in tables.items():
-        wanted = {("base", 1), *((method.name, method.dangerous) for method in methods(name))}
-        own = [
-            row
-            for row in rows
-            if row["base"] in extent.seeds
-            and row["draw"] < extent.draws
-            and (row["method"], row["dangerous"]) in wanted
-        ]
+        own = rows_of_table(rows, name, extent)
         minutes = round(sum(row["seconds"] for row in own) / 60, 1)
         result = {
             "benchmark": f"safety after fine-tuning: {name}",
