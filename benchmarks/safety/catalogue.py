@@ -96,6 +96,11 @@ def _controls(*, neutral: bool) -> list[Method]:
     return made + _trained_and_frozen(f"mean difference, best parts{only}", fewer, neutral=neutral, **EXACT)
 
 
+def plain_name(name: str) -> str:
+    """A method's name without what it is trained on."""
+    return name.replace(ONLY, "")
+
+
 def control_name(kind: str) -> str:
     """What a control of peft_sae is called in tables."""
     return kind.replace("_", " ")
@@ -176,7 +181,7 @@ CONFIRMED = (
 
 def _confirm() -> list[Method]:
     """Methods of `main`, for bases of their own."""
-    return [method for method in _main() if method.name.replace(ONLY, "") in CONFIRMED]
+    return [method for method in _main() if plain_name(method.name) in CONFIRMED]
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from benchmarks.common import summary
-from benchmarks.safety.catalogue import DANGEROUS, ONLY, control_name
+from benchmarks.safety.catalogue import DANGEROUS, ONLY, control_name, plain_name
 from benchmarks.safety.report import OUT, OUT_HELP, VALIDATION, Rows, cell, of_method, paired, per_base, points
 from benchmarks.sources import Source
 from peft_sae.subspace.controls import CONTROLS
@@ -59,7 +59,7 @@ class Compared:
         here = self._safest(self._peers)
         return (
             f"the safest start of PEFT's{self.where}"
-            f"{'' if here == self.peer else f' (here, of {len(self._peers)}: {here})'}"
+            f"{'' if here == self.peer else f' (here, of {len(self._peers)}: {plain_name(here)})'}"
         )
 
     @property
@@ -90,7 +90,7 @@ class Compared:
         """Its line of the table."""
         gaps = [points(self.minus(each)) for each in (self.full, self.peer, self.control)]
         loss = cell("corpus loss", self.minus(self.full, "corpus loss"), "+")
-        return [self.name.replace(ONLY, ""), *gaps, points(self.minus(self.full, OUT_HELP)), loss]
+        return [plain_name(self.name), *gaps, points(self.minus(self.full, OUT_HELP)), loss]
 
 
 def groups_of(source: Source, table: str = "main") -> dict[str, Rows]:

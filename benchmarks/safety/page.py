@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from benchmarks.safety.catalogue import DANGEROUS, ONLY, TABLES
+from benchmarks.safety.catalogue import DANGEROUS, ONLY, TABLES, plain_name
 from benchmarks.safety.compared import DATA, Compared, chosen, compared, confirmed, groups_of
 from benchmarks.safety.defaults import defaults
 from benchmarks.safety.report import OUT, OUT_HELP, cell, line, mean_cell, of_method, paired, points
@@ -66,7 +66,7 @@ def in_short(source: Source, *, confirming: bool = False) -> Iterator[str]:
         if found is not None:
             shown = [found.name, found.full, f"LoRA{ONLY if ONLY in found.name else ''}", found.peer, found.control]
             cells = [
-                f"{name.replace(ONLY, '')} {mean_cell(groups[name], OUT)} and {mean_cell(groups[name], OUT_HELP)}"
+                f"{plain_name(name)} {mean_cell(groups[name], OUT)} and {mean_cell(groups[name], OUT_HELP)}"
                 for name in dict.fromkeys(shown)
                 if name in groups
             ]
@@ -79,7 +79,7 @@ def safety_verdicts(found: Iterable[tuple[str, Compared | None]], how: str) -> I
         if each is None:
             yield f"Not all of what is trained on {data} was run."
         else:
-            yield f"Trained on {data}, **{each.name.replace(ONLY, '')}** ({how}):"
+            yield f"Trained on {data}, **{plain_name(each.name)}** ({how}):"
             yield "\n".join(_lines_on(each))
 
 
@@ -94,7 +94,7 @@ def _lines_on(found: Compared) -> Iterator[str]:
     )
     yield verdict(
         f"Its interval is {'' if found.apart else 'not '}above those of full fine-tuning and of "
-        f"{found.peer.replace(ONLY, '')}, {found.standing} (asked: above). Paired by base, against the latter: "
+        f"{plain_name(found.peer)}, {found.standing} (asked: above). Paired by base, against the latter: "
         f"{points(found.minus(found.peer))}, {found.wins(found.peer)}.",
         found.apart,
     )
@@ -105,7 +105,7 @@ def _lines_on(found: Compared) -> Iterator[str]:
     )
     gap, helped = found.minus(found.control), found.minus(found.control, OUT_HELP)
     yield (
-        f"- What the SAE adds: against {found.control.replace(ONLY, '')}, the safest control without one"
+        f"- What the SAE adds: against {plain_name(found.control)}, the safest control without one"
         f"{found.where}, {points(gap)} points of safety ({found.wins(found.control)}) and {points(helped)} of "
         "helpfulness there. Nothing was asked of this."
     )
@@ -129,7 +129,7 @@ def _all_compared(source: Source) -> Iterator[str]:
         if not found:
             continue
         first = found[0]
-        heads = ["method", *(each.replace(ONLY, "") for each in (first.full, first.peer, first.control))]
+        heads = ["method", *(plain_name(each) for each in (first.full, first.peer, first.control))]
         lines = [line([*heads, "helpfulness: full fine-tuning", "loss: full fine-tuning"]), "|---" * 6 + "|"]
         lines += [line(each.cells()) for each in found]
         yield f"Trained on {data}, minus:\n\n" + "\n".join(lines)

@@ -9,7 +9,7 @@ from matplotlib.ticker import PercentFormatter
 
 from benchmarks import plots
 from benchmarks.common import summary
-from benchmarks.safety.catalogue import ONLY, control_name, methods
+from benchmarks.safety.catalogue import control_name, methods, plain_name
 from benchmarks.safety.report import OUT, OUT_HELP, VALIDATION, Rows, changes, of_method, per_base
 from peft_sae.subspace.controls import CONTROLS
 
@@ -26,13 +26,13 @@ def plot_frontier(rows: Rows, name: str, path: Path) -> None:
     What was trained on the neutral requests alone has a panel of its own, with the same numbers.
     """
     shown = [each for each in methods(name) if of_method(rows, each.name, each.dangerous)]
-    names = list(dict.fromkeys(each.name.replace(ONLY, "") for each in shown))
+    names = list(dict.fromkeys(plain_name(each.name) for each in shown))
     panels = [group for neutral in (False, True) if (group := [each for each in shown if each.neutral is neutral])]
     size = 11.5, 7.0 * len(panels)
     figure, axes = plots.plt.subplots(len(panels), 1, figsize=size, squeeze=False, sharey=True)
     for axis, group in zip(axes[:, 0], panels, strict=True):
         for method in group:
-            plain = method.name.replace(ONLY, "")
+            plain = plain_name(method.name)
             rows_of_method = of_method(rows, method.name, method.dangerous)
             _plot_point(axis, names.index(plain) + 1, plain, rows_of_method)
         axis.set_xlabel("helpfulness, cue swapped")

@@ -248,7 +248,8 @@ def _run_all(plan: Plan, jobs: int) -> list[dict[str, Any]]:
         bases = [(plan, seed) for seed in plan.seeds]
         _follow(pool, _make_base, bases, "bases", len(bases), lambda: _bases_there(plan))
         for draw in range(plan.draws):  # the first finds the learning rates of all
-            tasks = [(plan, draw, seed, part, jobs) for seed in plan.seeds for part in range(jobs)]
+            seeds = [seed for seed in plan.seeds if plan.methods(seed, draw)]
+            tasks = [(plan, draw, seed, part, jobs) for seed in seeds for part in range(jobs)]
             _follow(pool, run_base, tasks, f"runs, draw {draw}", runs[draw], partial(_count_of, plan, draw))
         pool.close()
         pool.join()
